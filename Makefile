@@ -1,0 +1,49 @@
+# Every target does its own set-up: a virtual environment in .venv, installed with the tested
+# versions (constraints.txt). Without the constraints pip would take the newest torch there is.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := build/demo
+
+# The first interpreter that torch has wheels for; override with `make PYTHON=/path/to/python`.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$python" -c '$(SUPPORTED)' 2>/dev/null && { command -v "$$python"; break; }; done)
+
+# One test process per core, and one thread in each: the tests mostly trace graphs in Python.
+PYTEST_FLAGS ?= -n auto --maxprocesses 8
+
+.PHONY: help venv lint test demo clean
+.DELETE_ON_ERROR:
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## Create .venv and install this project with the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { \
+		echo "No Python 3.11 to 3.14 found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,examples]' --constraint constraints.txt
+	@touch $@
+
+lint: $(STAMP) ## Style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## Everything that a change must pass
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+demo: $(STAMP) ## Train, compile, fine-tune and measure a small network, in about two minutes
+	@mkdir -p $(DEMO)
+	$(BIN)/python -m examples.digits train --output $(DEMO)/model.pt
+	$(BIN)/s2d-compile $(DEMO)/model.pt --arch examples.digits:build \
+		--splits examples/digits.json -o $(DEMO)/dyn.pt
+	$(BIN)/python -m examples.digits finetune $(DEMO)/dyn.pt --output $(DEMO)/dyn-tuned.pt
+	$(BIN)/python -m examples.digits eval $(DEMO)/model.pt $(DEMO)/dyn.pt $(DEMO)/dyn-tuned.pt
+
+clean: ## Remove what the targets made, the virtual environment included
+	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
