@@ -1,0 +1,1 @@
+"""Networks, plans and programs that show s2d-compiler at work."""
