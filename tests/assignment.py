@@ -1,0 +1,252 @@
+"""What the design says about who owns what, derived from the original and the plan alone.
+
+``expected_owners`` works out families, cuts and orders without looking at the compiler's
+result; ``violations`` compares a result's provenance with that and with the rules that hold
+whatever the assignment is (partition, ties, gates, alive weights, values).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tests.reference import (
+    NOBODY,
+    VERSION_OWNER,
+    VERSIONED,
+    Assignment,
+    DynamicLike,
+    Layer,
+    Structure,
+    parameters_and_buffers,
+    positions,
+    read_assignment,
+    stage_of_key,
+    thin_stages,
+)
+
+if TYPE_CHECKING:
+    from s2d_compiler import Plan
+
+
+@dataclass(frozen=True)
+class Family:
+    """Atoms with the same writers and readers, in index order; an atom is a set of ids."""
+
+    writers: tuple[str, ...]
+    readers: frozenset[str]
+    resolution: str
+    atoms: tuple[frozenset[int], ...]
+
+
+def families(structure: Structure) -> list[Family]:
+    """The families of the network's atoms; rows of prediction layers are in none."""
+    heads = set(structure.prediction_layers())
+    members: dict[int, set[int]] = defaultdict(set)
+    writers: dict[int, dict[str, int]] = defaultdict(dict)
+    readers: dict[int, set[str]] = defaultdict(set)
+    for path, layer in structure.layers.items():
+        for call in layer.columns:
+            for column in call:
+                if column > VERSIONED:
+                    readers[structure.ties.find(column)].add(path)
+        if path in heads:
+            continue
+        for position, row in enumerate(layer.rows):
+            atom = structure.ties.find(row)
+            members[atom].add(row)
+            writers[atom].setdefault(path, position)
+    order = list(structure.layers)
+    grouped: dict[tuple[tuple[str, ...], frozenset[str]], list[int]] = defaultdict(list)
+    for atom in members:
+        key = (tuple(sorted(writers[atom], key=order.index)), frozenset(readers[atom]))
+        grouped[key].append(atom)
+    result = []
+    for (written_by, read_by), atoms in grouped.items():
+        atoms.sort(key=lambda atom: writers[atom][written_by[0]])
+        outputs = [r for p in written_by for r in structure.layers[p].output_resolutions]
+        largest = max(outputs, key=_count)
+        ordered = tuple(frozenset(members[atom]) for atom in atoms)
+        result.append(Family(written_by, read_by, largest, ordered))
+    return result
+
+
+def _count(resolution: str) -> int:
+    product = 1
+    for part in resolution.split("x"):
+        product *= int(part)
+    return product
+
+
+def expected_owners(structure: Structure, plan: Plan) -> Tensor:
+    """Per id the stage that the plan gives it; ``VERSION_OWNER`` for heads' rows."""
+    owner = torch.zeros(structure._next_id, dtype=torch.int64)
+    owner[NOBODY], owner[VERSIONED] = 0, VERSION_OWNER
+    for path in structure.prediction_layers():
+        owner[structure.layers[path].rows] = VERSION_OWNER
+    for family in families(structure):
+        atoms = list(family.atoms)
+        if plan.order == "l1":
+            scores = [_l1(structure, atom) for atom in atoms]
+            ranked = sorted(range(len(atoms)), key=lambda i: (-scores[i], i))
+            atoms = [atoms[i] for i in ranked]
+        split = plan.split_for(family.resolution, family.writers)
+        bounds = [max(1, len(atoms) * cut // plan.groups) for cut in split]
+        for position, atom in enumerate(atoms):
+            stage = 1 + sum(position >= bound for bound in bounds)
+            owner[list(atom)] = stage
+    return owner
+
+
+def _l1(structure: Structure, atom: frozenset[int]) -> float:
+    total = 0.0
+    for layer in structure.layers.values():
+        rows = [row - layer.rows[0] for row in atom if layer.rows[0] <= row <= layer.rows[-1]]
+        if rows:
+            total += float(layer.module.weight.detach()[sorted(rows)].double().abs().sum())
+    return total
+
+
+def empty_stages(structure: Structure, plan: Plan) -> list[int]:
+    """Stages, from 1, that add no channel anywhere: such a plan is an error."""
+    owner = expected_owners(structure, plan)
+    return [stage for stage in range(1, plan.stages + 1) if not bool((owner == stage).any())]
+
+
+def alive(structure: Structure, plan: Plan, layer: Layer, owner: Tensor, stage: int) -> Tensor:
+    """Which weights (rows, columns) of a layer that is no head stage ``stage`` stores."""
+    shape = layer.module.weight.shape
+    tall = shape[0] // layer.groups
+    mine = owner[layer.rows] == stage
+    mask = torch.zeros(shape[:2], dtype=torch.bool)
+    for ids, resolution in zip(layer.columns, layer.input_resolutions, strict=True):
+        seen = owner[ids]
+        reads = {early for late, early in plan.reads(resolution, layer.path) if late == stage}
+        readable = (seen <= 0) | (seen == stage)
+        for early in reads:
+            readable |= seen == early
+        if not bool(readable.any()):
+            nearest = max((s for s in seen.tolist() if s < stage), default=0)
+            readable = seen == nearest
+        per_group = readable.view(layer.groups, shape[1])
+        mask |= mine[:, None] & per_group.repeat_interleave(tall, 0)
+    return mask
+
+
+def violations(model: nn.Module, structure: Structure, dyn: DynamicLike, plan: Plan) -> list[str]:
+    """Every rule of ownership that the provenance of ``dyn`` breaks, in words."""
+    assignment = read_assignment(structure, dyn)
+    return [
+        *_values(model, dyn),
+        *_partition(structure, dyn, assignment),
+        *_ties(structure, assignment),
+        *_alive(structure, plan, assignment),
+        *_cuts(structure, plan, assignment),
+    ]
+
+
+def _values(model: nn.Module, dyn: DynamicLike) -> Iterator[str]:
+    """Every stored tensor is what its provenance says, and has one."""
+    sources = parameters_and_buffers(model)
+    state = dyn.state_dict()  # type: ignore[attr-defined]
+    for key in state:
+        if key not in dyn.provenance:
+            yield f"{key} has no provenance"
+    for key, entry in dyn.provenance.items():
+        if key not in state:
+            yield f"provenance of {key}, which is not in the state dict"
+            continue
+        wanted = sources[entry.source].detach()
+        if len(entry.index) != wanted.dim():
+            yield f"{key}: {len(entry.index)} indices for {entry.source} {tuple(wanted.shape)}"
+            continue
+        for dim, index in enumerate(entry.index):
+            if index is not None:
+                wanted = wanted.index_select(dim, torch.tensor(index, dtype=torch.int64))
+        if not torch.equal(state[key], wanted) or state[key].dtype != wanted.dtype:
+            yield f"{key} is not {entry.source} at its index"
+
+
+def _partition(structure: Structure, dyn: DynamicLike, assignment: Assignment) -> Iterator[str]:
+    """No element is stored twice but in heads; every row is stored, and heads have all."""
+    sources = parameters_and_buffers(structure.model)
+    state = dyn.state_dict()  # type: ignore[attr-defined]
+    head_tensors = {
+        id(p) for path in assignment.heads for p in structure.layers[path].module.parameters()
+    }
+    seen: set[tuple[int, int]] = set()
+    counts: dict[int, Tensor] = {}
+    names: dict[int, str] = {}
+    for key, entry in dyn.provenance.items():
+        source = sources[entry.source]
+        shared = (id(source), state[key].data_ptr())
+        if stage_of_key(key) > assignment.stages or id(source) in head_tensors:
+            continue
+        if shared in seen or source.dim() == 0:
+            continue
+        seen.add(shared)
+        two = entry.index[:2]
+        count = counts.setdefault(id(source), torch.zeros(source.shape[:2], dtype=torch.int8))
+        names[id(source)] = entry.source
+        grid = [torch.tensor(positions(i, n)) for i, n in zip(two, source.shape, strict=False)]
+        count[torch.meshgrid(*grid, indexing="ij")] += 1
+    for identity, count in counts.items():
+        if bool((count > 1).any()):
+            yield f"{names[identity]}: {int((count > 1).sum())} elements are stored twice"
+    for path, masks in assignment.masks.items():
+        held = torch.stack([mask.any(1) for mask in masks]) if masks else torch.zeros(0, 1)
+        if path in assignment.heads and not bool(held.all()):
+            yield f"{path}: rows in several stages, but not all of them in every stage"
+        if thin_stages(dyn) == dyn.plan.stages and not bool(held.any(0).all()):
+            yield f"{path}: {int((~held.any(0)).sum())} rows are in no stage"
+    if assignment.stages > 1:
+        expected = structure.prediction_layers()
+        if set(expected) != set(assignment.heads):
+            yield f"heads {assignment.heads} where prediction layers are {expected}"
+
+
+def _ties(structure: Structure, assignment: Assignment) -> Iterator[str]:
+    broken: dict[str, int] = defaultdict(int)
+    for first, second, why in structure.ties.pairs:
+        if assignment.owner[first] != assignment.owner[second]:
+            broken[why] += 1
+    for why, times in broken.items():
+        yield f"{why}: {times} pairs of tied positions in different stages"
+    for gate in structure.gates:
+        if int(assignment.owner[gate]) not in (1, VERSION_OWNER):
+            yield f"a value broadcast against channels is in stage {int(assignment.owner[gate])}"
+
+
+def _alive(structure: Structure, plan: Plan, assignment: Assignment) -> Iterator[str]:
+    for path, masks in assignment.masks.items():
+        layer = structure.layers[path]
+        for stage, mask in enumerate(masks, 1):
+            if path in assignment.heads:
+                owner = assignment.owner[layer.columns[0]]
+                expected = (owner <= stage).expand(mask.shape)
+            else:
+                expected = alive(structure, plan, layer, assignment.owner, stage)
+            if not torch.equal(mask, expected):
+                stored, wanted = int(mask.sum()), int(expected.sum())
+                yield f"{path}, stage {stage}: {stored} weights are stored, {wanted} are alive"
+
+
+def _cuts(structure: Structure, plan: Plan, assignment: Assignment) -> Iterator[str]:
+    """Every family is cut where the plan says, in the plan's order."""
+    expected = expected_owners(structure, plan)
+    for family in families(structure):
+        if any(atom & structure.gates for atom in family.atoms) and len(family.atoms) > 1:
+            continue
+        got = [int(assignment.owner[min(atom)]) for atom in family.atoms]
+        wanted = [min(int(expected[min(atom)]), assignment.stages + 1) for atom in family.atoms]
+        if assignment.stages > 0 and got != wanted:
+            yield (
+                f"family written by {', '.join(family.writers)} and read by "
+                f"{', '.join(sorted(family.readers))} at {family.resolution}: "
+                f"stages {got} where the plan says {wanted}"
+            )
