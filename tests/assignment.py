@@ -184,9 +184,10 @@ def _partition(structure: Structure, dyn: DynamicLike, assignment: Assignment) -
     names: dict[int, str] = {}
     for key, entry in dyn.provenance.items():
         source = sources[entry.source]
-        shared = (id(source), state[key].data_ptr())
-        if stage_of_key(key) > assignment.stages or id(source) in head_tensors:
+        whole = stage_of_key(key) > assignment.stages
+        if whole or key not in state or id(source) in head_tensors:
             continue
+        shared = (id(source), state[key].data_ptr())
         if shared in seen or source.dim() == 0:
             continue
         seen.add(shared)
