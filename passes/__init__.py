@@ -1,0 +1,9 @@
+"""Graph rewrites, one per file; ``s2d_compiler.compiler`` runs them."""
+
+from passes.base import Pass, PassResult, Pipeline
+from passes.concat import ConcatFeatures
+from passes.exits import AddExits
+from passes.extract import ExtractStages
+from passes.split import SplitChannels
+
+__all__ = ["AddExits", "ConcatFeatures", "ExtractStages", "Pass", "PassResult", "Pipeline", "SplitChannels"]

@@ -1,0 +1,118 @@
+"""The contract of a pass, and the pipeline that runs them."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import fx
+
+from s2d_compiler.errors import PassError
+from s2d_compiler.verifier import verify_graph
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """What a pass returns.
+
+    Attributes:
+        graph_module: The rewritten graph.
+        changed: Whether it differs from what was handed in.
+    """
+
+    graph_module: fx.GraphModule
+    changed: bool
+
+
+class Pass(ABC):
+    """One rewrite of a staged graph.
+
+    A pass is a small frozen dataclass: its fields are its parameters. ``run`` checks what it
+    requires, calls it, verifies the graph and checks what it ensures.
+    """
+
+    #: Name on command lines and in messages.
+    name: ClassVar[str]
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Raise ``PassError`` if the pass cannot run on this graph."""
+
+    @abstractmethod
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrite the graph."""
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """Raise ``PassError`` if the rewritten graph is not what the pass promises."""
+
+    def run(self, graph_module: fx.GraphModule) -> PassResult:
+        """Run the pass under its contract.
+
+        Raises:
+            PassError: A condition does not hold; a note says which pass was running.
+        """
+        before = str(graph_module.graph)
+        try:
+            self.requires(graph_module)
+            result = self.call(graph_module)
+            if not result.changed and str(result.graph_module.graph) != before:
+                raise PassError(f"{self.name} changed the graph and said that it did not")
+            result.graph_module.graph.lint()
+            verify_graph(result.graph_module)
+            self.ensures(result.graph_module)
+            result.graph_module.recompile()
+        except Exception as error:
+            error.add_note(f"while running {self!r}"[:400])
+            raise
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """Passes in order. Pipelines are values: the methods return new ones."""
+
+    passes: tuple[Pass, ...]
+
+    def run(
+        self, graph_module: fx.GraphModule, between: Callable[[Pass, fx.GraphModule], None] | None = None
+    ) -> fx.GraphModule:
+        """Run all passes.
+
+        Args:
+            graph_module: The graph to rewrite.
+            between: Called after each pass with the pass and its result (to print it, say).
+        """
+        for each in self.passes:
+            result = each.run(graph_module)
+            graph_module = result.graph_module
+            log.debug("%s: %s", each.name, "changed" if result.changed else "unchanged")
+            if between is not None:
+                between(each, graph_module)
+        return graph_module
+
+    def index(self, name: str) -> int:
+        """Position of the pass of this name.
+
+        Raises:
+            PassError: There is none.
+        """
+        names = [each.name for each in self.passes]
+        if name not in names:
+            raise PassError(f"no pass is named {name!r}; the pipeline has {', '.join(names)}")
+        return names.index(name)
+
+    def insert_after(self, name: str, *added: Pass) -> Pipeline:
+        """A pipeline with passes put after the named one."""
+        return self._inserted(self.index(name) + 1, added)
+
+    def insert_before(self, name: str, *added: Pass) -> Pipeline:
+        """A pipeline with passes put before the named one."""
+        return self._inserted(self.index(name), added)
+
+    def _inserted(self, place: int, added: Sequence[Pass]) -> Pipeline:
+        passes: Iterable[Pass] = (*self.passes[:place], *added, *self.passes[place:])
+        return replace(self, passes=tuple(passes))

@@ -1,0 +1,62 @@
+"""Split: cut every layer's channels into one thin layer per stage.
+
+Source: S2DNAS, section 3.2, "Split".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from passes.base import Pass, PassResult
+from s2d_compiler.analysis.assignment import StageAssignment
+from s2d_compiler.analysis.labels import has_atoms
+from s2d_compiler.errors import PassError
+from s2d_compiler.program import is_scalar
+from s2d_compiler.staging import StageBuilder
+
+
+@dataclass(frozen=True)
+class SplitChannels(Pass):
+    """Emit every value of the static program as parts, one per stage.
+
+    Each weighted layer becomes thin layers that read only what their own stage, and nobody,
+    owns. Prediction layers stay one layer, which reads everything. The graph computes what
+    the original does with all connections between stages removed.
+    """
+
+    name: ClassVar[str] = "split-channels"
+    assignment: StageAssignment
+
+    def __repr__(self) -> str:
+        return f"SplitChannels(stages={self.assignment.stages})"
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        if any(node.op not in ("placeholder", "output") for node in graph_module.graph.nodes):
+            raise PassError("split-channels starts from an empty staged graph")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        output = next(node for node in graph_module.graph.nodes if node.op == "output")
+        builder = StageBuilder(graph_module, self.assignment)
+        with builder.inserting_before(output):
+            output.args = (self._split(builder),)
+        return PassResult(graph_module, changed=True)
+
+    def _split(self, builder: StageBuilder) -> tuple[fx.Node, ...]:
+        last = self.assignment.thin_stages
+        for node in self.assignment.program.nodes:
+            if node.op == "output" or is_scalar(node) or node.op in ("placeholder", "get_attr"):
+                continue
+            if has_atoms(builder.labels(node)):
+                for stage in range(1, last + 1):
+                    builder.part(node, stage)
+        return tuple(builder.full(node, last) for node in output_nodes(self.assignment))
+
+
+def output_nodes(assignment: StageAssignment) -> list[fx.Node]:
+    """The static program's outputs, flat."""
+    values = assignment.program.output.args[0]
+    assert isinstance(values, list | tuple)
+    return [v for v in values if isinstance(v, fx.Node)]

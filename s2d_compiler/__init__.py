@@ -1,0 +1,10 @@
+"""s2d-compiler: rewrite a static PyTorch network as a dynamic one of several stages."""
+
+from s2d_compiler import _torchvision as _torchvision  # first: makes torchvision importable
+from s2d_compiler._version import __version__ as __version__
+from s2d_compiler.compiler import transform
+from s2d_compiler.dynamic import DynamicModel
+from s2d_compiler.errors import S2DError
+from s2d_compiler.plan import Plan, Setting
+
+__all__ = ["DynamicModel", "Plan", "S2DError", "Setting", "transform"]

@@ -1,0 +1,1 @@
+"""Analyses of a captured program: frozen results that never touch the graph."""

@@ -1,0 +1,155 @@
+"""Which stage owns each atom, and which stages each layer reads: a plan applied to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from s2d_compiler.analysis.channels import ChannelAnalysis, Family, cut_resolutions
+from s2d_compiler.analysis.labels import NOBODY, VERSIONED, ZERO, Labels
+from s2d_compiler.errors import PlanError
+from s2d_compiler.plan import Plan
+from s2d_compiler.program import Program
+
+Owners = npt.NDArray[np.int64]
+
+#: Owner codes of positions without an owner (stages count from 1).
+OWNER_NOBODY = 0
+
+
+@dataclass(frozen=True)
+class StageAssignment:
+    """The input of every pass.
+
+    Attributes:
+        program: The static program.
+        channels: Its channel analysis.
+        plan: The plan.
+        owners: Stage of every atom, from 1.
+        reads: Layer name -> pairs (later, earlier) that the plan lets it read.
+    """
+
+    program: Program
+    channels: ChannelAnalysis
+    plan: Plan
+    owners: Owners
+    reads: Mapping[str, frozenset[tuple[int, int]]]
+
+    @property
+    def stages(self) -> int:
+        return self.plan.stages
+
+    @property
+    def thin_stages(self) -> int:
+        """Stages cut out of the network; with ``final: original`` the last is not one."""
+        return self.plan.stages - (self.plan.final == "original")
+
+    @cached_property
+    def owner_labels(self) -> dict[str, Labels]:
+        """Node name -> owner of every position: a stage, ``NOBODY``, ``VERSIONED`` or ``ZERO``."""
+        return {name: self.owner_of(labels) for name, labels in self.channels.labels.items()}
+
+    def owner_of(self, labels: Labels) -> Labels:
+        """Owners of an array of atoms and marks (marks stay)."""
+        if not len(self.owners):
+            return labels
+        return np.where(labels >= 0, self.owners[np.maximum(labels, 0)], labels)
+
+    def columns_alive(self, layer: str, stage: int, *, reuse: bool) -> npt.NDArray[np.bool_]:
+        """Input channels of a dense layer that ``stage`` reads (DESIGN: alive weights)."""
+        channels = self.channels.layers[layer]
+        owner = np.full(len(channels.columns[0]), NOBODY, dtype=np.int64)
+        for columns in channels.columns:
+            mine = self.owner_of(columns)
+            owner = np.where(owner == NOBODY, np.where(mine == ZERO, NOBODY, mine), owner)
+        alive = (owner == stage) | (owner == NOBODY) | (owner == VERSIONED)
+        if reuse:
+            for later, earlier in self.reads[layer]:
+                if later == stage:
+                    alive |= owner == earlier
+        if not alive.any():
+            present = owner[(owner >= 1) & (owner < stage)]
+            if present.size:
+                alive = owner == present.max()
+        return alive
+
+
+def assign(program: Program, channels: ChannelAnalysis, plan: Plan) -> StageAssignment:
+    """Apply a plan.
+
+    Raises:
+        PlanError: The plan names a resolution or layer that the model does not have, or
+            leaves a stage with nothing.
+    """
+    plan.check_against(cut_resolutions(channels), cut_layers(channels))
+    owners = np.zeros(channels.atom_count, dtype=np.int64)
+    for family in channels.families:
+        split = plan.split_for(family.resolution, family.writers)
+        order = family.atoms if plan.order == "index" else _by_weight(program, channels, family)
+        owners[list(order)] = family_owners(len(order), split, plan.groups)
+        owners[list(family.atoms[: family.pinned])] = 1
+    _require_every_stage(owners, plan)
+    reads = {
+        name: plan.reads(layer.resolution, name) for name, layer in channels.layers.items()
+    }
+    return StageAssignment(program, channels, plan, owners, reads)
+
+
+def family_owners(count: int, split: tuple[int, ...], groups: int) -> Owners:
+    """Owners of a family's atoms in order: stages up to i own the first max(1, n·p_i // G)."""
+    bounds = [max(1, count * point // groups) for point in split]
+    owners = np.full(count, len(split) + 1, dtype=np.int64)
+    for stage, bound in reversed(list(enumerate(bounds, start=1))):
+        owners[:bound] = stage
+    return owners
+
+
+def cut_layers(channels: ChannelAnalysis) -> tuple[str, ...]:
+    """Layers that a plan's ``layers`` patterns may name."""
+    return tuple(
+        name
+        for name, layer in channels.layers.items()
+        if not set(layer.layer.nodes) <= channels.predictions
+    )
+
+
+def _by_weight(program: Program, channels: ChannelAnalysis, family: Family) -> tuple[int, ...]:
+    """Atoms by the sum of absolute weights over all writers' rows, largest first."""
+    place = {atom: i for i, atom in enumerate(family.atoms)}
+    total = np.zeros(len(place))
+    for writer in family.writers:
+        layer = channels.layers[writer]
+        for row, size in zip(layer.rows.tolist(), row_weights(program, writer), strict=True):
+            if row in place:
+                total[place[row]] += size
+    pinned, free = family.atoms[: family.pinned], family.atoms[family.pinned :]
+    return (*pinned, *sorted(free, key=lambda a: (-total[place[a]], place[a])))
+
+
+def row_weights(program: Program, layer: str) -> npt.NDArray[np.float64]:
+    """Sum of absolute weights of every output channel of a layer."""
+    module = program.graph_module.get_submodule(layer)
+    weight = module.weight.detach().double().abs().cpu()  # type: ignore[operator, union-attr]
+    if not getattr(module, "transposed", False):
+        return np.asarray(weight.flatten(1).sum(1))
+    groups = int(module.groups)  # type: ignore[arg-type]
+    by_group = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    return np.asarray(by_group.flatten(2).sum(2).flatten())
+
+
+def _require_every_stage(owners: Owners, plan: Plan) -> None:
+    thin = plan.stages - (plan.final == "original")
+    empty = [stage for stage in range(1, thin + 1) if plan.stages > 1 and not (owners == stage).any()]
+    if not empty:
+        return
+    remedy = "move the cut points apart, or use fewer stages"
+    if not len(owners):
+        remedy = "the model has no layer whose channels can be cut; use one stage"
+    raise PlanError(
+        f"plan: stage {empty[0]} of {plan.stages} owns no channel of any layer "
+        f"(groups {plan.groups}, default split {list(plan.default.split or ())}); {remedy}."
+    )

@@ -1,0 +1,205 @@
+"""The compiler checks its own result: masked equivalence in float64, and every weight."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from s2d_compiler.analysis.assignment import StageAssignment
+from s2d_compiler.compiler import compile_program
+from s2d_compiler.dynamic import DynamicModel
+from s2d_compiler.errors import CheckError
+from s2d_compiler.masked import masked_outputs, static_outputs
+from s2d_compiler.program import Program
+from s2d_compiler.thin import originals
+
+log = logging.getLogger(__name__)
+
+#: Largest error, relative to the spread of the output over inputs.
+TOLERANCE = 1e-9
+#: Spread over size below which outputs are too nearly constant to prove anything.
+VACUOUS = 1e-6
+_ATTEMPTS = 3
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What the self-check found.
+
+    Attributes:
+        errors: Per stage, the largest error relative to the spread of its output.
+        spreads: Per stage, the spread of the output relative to its size.
+        tensors: How many stage tensors were compared with the original's.
+    """
+
+    errors: tuple[float, ...]
+    spreads: tuple[float, ...]
+    tensors: int
+
+    @property
+    def is_vacuous(self) -> bool:
+        return min(self.spreads, default=1.0) < VACUOUS
+
+    def __str__(self) -> str:
+        worst = max(self.errors, default=0.0)
+        return f"largest error {worst:.1e} of the output's spread over {len(self.errors)} stages (limit {TOLERANCE:.0e})"
+
+
+def check(dyn: DynamicModel, assignment: StageAssignment, *, seed: int = 0, batch: int = 4) -> Proof:
+    """Prove a fresh transform result.
+
+    The stage graphs are built once more from a float64 copy of the program with random
+    parameters and batch-norm statistics taken from a batch (so that outputs depend on
+    inputs), and compared with the masked form on random inputs. The graphs must be the same
+    as ``dyn``'s, and every tensor of ``dyn`` must be its slice of the original.
+
+    Raises:
+        CheckError: Any of this differs.
+    """
+    tensors = check_weights(dyn, assignment.program)
+    for attempt in range(_ATTEMPTS):
+        proof = replace(_compare(dyn, assignment, seed + attempt, batch), tensors=tensors)
+        if not proof.is_vacuous:
+            break
+    else:
+        log.warning("the check is inconclusive: with random weights the outputs hardly depend on the input")
+    for stage, error in enumerate(proof.errors, start=1):
+        if not error <= TOLERANCE:
+            raise CheckError(
+                f"stage {stage} differs from the masked form by {error:.2e} of the output's spread "
+                f"(limit {TOLERANCE:.0e}): the result is not what the plan says, a defect of the compiler."
+            )
+    return proof
+
+
+def check_weights(dyn: DynamicModel, program: Program) -> int:
+    """Compare every tensor of a staged network with its slice of the original.
+
+    Raises:
+        CheckError: One differs.
+    """
+    sources = originals(program)
+    state = dyn.state_dict()
+    for name, where in dyn.provenance.items():
+        expected = where.take(sources[where.source].detach())
+        if not torch.equal(torch.nan_to_num(state[name]), torch.nan_to_num(expected)):
+            raise CheckError(f"{name} is not the slice of {where.source} that its provenance says.")
+    return len(dyn.provenance)
+
+
+def _compare(dyn: DynamicModel, assignment: StageAssignment, seed: int, batch: int) -> Proof:
+    generator = torch.Generator().manual_seed(seed)
+    program = random_program(assignment.program, generator)
+    program_inputs = random_inputs(program, generator, batch)
+    settle(program.graph_module, program_inputs)
+    mine = replace(assignment, program=program)
+    staged = compile_program(program, assignment.plan, assignment=mine)
+    _require_same_graphs(dyn, staged)
+    with torch.no_grad():
+        found = staged(*program_inputs)
+    expected = masked_outputs(mine, program_inputs)
+    if assignment.plan.final == "original":
+        expected.append(static_outputs(mine, program_inputs))
+    errors, spreads = [], []
+    for stage, (got, want) in enumerate(zip(found, expected, strict=True)):
+        error, spread = compare(_flat(got), want)
+        log.debug("stage %d: error %.2e, spread %.2e", stage + 1, error, spread)
+        errors.append(error)
+        spreads.append(spread)
+    return Proof(tuple(errors), tuple(spreads), 0)
+
+
+def _flat(value: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(value)
+
+
+def compare(found: Iterable[Any], expected: Iterable[Any]) -> tuple[float, float]:
+    """Largest error relative to the spread over inputs, and smallest spread relative to size."""
+    worst, narrowest = 0.0, float("inf")
+    for got, want in zip(found, expected, strict=True):
+        if not isinstance(want, torch.Tensor) or not want.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(torch.as_tensor(got), torch.as_tensor(want)) else float("inf"))
+            continue
+        if got.shape != want.shape:
+            return float("inf"), 1.0
+        spread = float((want - want.mean(dim=0, keepdim=True)).abs().max()) if want.numel() else 0.0
+        size = float(want.abs().max()) if want.numel() else 0.0
+        error = float((got - want).abs().max()) if want.numel() else 0.0
+        if error != error or not torch.isfinite(want).all():
+            return float("inf"), 1.0
+        worst = max(worst, error / spread if spread else (0.0 if error == 0 else float("inf")))
+        narrowest = min(narrowest, spread / size if size else 0.0)
+    return worst, narrowest if narrowest != float("inf") else 1.0
+
+
+def _require_same_graphs(dyn: DynamicModel, staged: DynamicModel) -> None:
+    for number, (a, b) in enumerate(zip(dyn.stages, staged.stages, strict=True), start=1):
+        if str(a.graph) != str(b.graph):
+            raise CheckError(f"stage {number} is built differently the second time.")
+
+
+# -- a program whose outputs depend on its inputs ------------------------------------------------------
+
+
+def random_program(program: Program, generator: torch.Generator) -> Program:
+    """A float64 copy on the CPU with random parameters."""
+    root = _double_copy(program.graph_module)
+    for name, parameter in root.named_parameters():
+        parameter.data = _random(parameter, name, generator)
+    return replace(program, graph_module=root)
+
+
+def _double_copy(module: Any) -> Any:
+    memo: dict[int, Any] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.is_floating_point():
+            data = torch.empty_like(tensor, dtype=torch.float64, device="cpu")
+            data.copy_(tensor.detach())
+        else:
+            data = tensor.detach().cpu().clone()
+        same = nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data
+        memo[id(tensor)] = same
+    return copy.deepcopy(module, memo)
+
+
+def _random(parameter: torch.Tensor, name: str, generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    if parameter.dim() >= 2:
+        fan_in = max(1, parameter[0].numel())
+        return noise * (2.0 / fan_in) ** 0.5
+    return 1.0 + 0.2 * noise if name.endswith("weight") else 0.2 * noise
+
+
+def random_inputs(program: Program, generator: torch.Generator, batch: int) -> tuple[torch.Tensor, ...]:
+    """Random float64 inputs."""
+    count = program.batch or batch
+    return tuple(
+        torch.randn(count, *shape, generator=generator, dtype=torch.float64) for shape in program.input_shapes
+    )
+
+
+def settle(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Set batch-norm statistics from one batch, in evaluation order."""
+    norms = [m for m in model.modules() if isinstance(m, _NORMS) and m.track_running_stats]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = 1.0
+        norm.train()
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()

@@ -1,0 +1,165 @@
+"""Program: a captured static model, the input of every analysis and pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+#: Batch size that stands in for the symbolic one wherever a concrete shape is needed.
+SAMPLE_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weighted layer: all call sites of one weight.
+
+    Attributes:
+        name: Module path of the first call site; how plans and reports name it.
+        weight: State-dict key of the weight in the original.
+        nodes: Names of the call sites in the program, in order.
+    """
+
+    name: str
+    weight: str
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What evaluation-mode capture leaves out of a model.
+
+    Attributes:
+        modules: Paths of submodules that ran but left no operator (stochastic depth,
+            which is the identity in evaluation mode).
+        unused: Paths of submodules whose weights no output depends on (auxiliary heads).
+    """
+
+    modules: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """A static model as one torch.fx graph of ATen operators and raised layers.
+
+    Weighted operators are ``call_module`` nodes of ``torch.nn`` modules under the module
+    path they had in the original; everything else is a ``call_function`` node of an ATen
+    operator without side effects. Parameters and buffers are the original's own objects,
+    never copies, and no pass writes to them.
+
+    Attributes:
+        graph_module: The graph. ``node.meta["val"]`` holds a fake tensor with the shape
+            (the batch dimension symbolic), ``node.meta["path"]`` the original module path.
+        sources: Attribute of the graph module -> key in the original's state dict, for
+            every parameter and buffer of the original.
+        batch: None when the batch size is free, else the only one the model accepts.
+        input_shapes: Shape of each input without the batch dimension.
+        dropped: What capture left out.
+        output_spec: pytree of the original's output; None for a single tensor.
+        notes: Sentences about capture that the user should read.
+    """
+
+    graph_module: fx.GraphModule
+    sources: Mapping[str, str]
+    batch: int | None
+    input_shapes: tuple[tuple[int, ...], ...]
+    dropped: Dropped = field(default_factory=Dropped)
+    output_spec: Any = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nodes(self) -> Iterator[fx.Node]:
+        return iter(self.graph_module.graph.nodes)
+
+    @cached_property
+    def by_name(self) -> dict[str, fx.Node]:
+        return {node.name: node for node in self.nodes}
+
+    @property
+    def output(self) -> fx.Node:
+        return next(node for node in reversed(list(self.nodes)) if node.op == "output")
+
+    def module(self, node: fx.Node) -> nn.Module:
+        """The raised module that a ``call_module`` node calls."""
+        assert node.op == "call_module"
+        return self.graph_module.get_submodule(str(node.target))
+
+    def attribute(self, node: fx.Node) -> torch.Tensor:
+        """The tensor that a ``get_attr`` node reads."""
+        assert node.op == "get_attr"
+        value = attribute(self.graph_module, str(node.target))
+        assert isinstance(value, torch.Tensor)
+        return value
+
+
+def attribute(root: nn.Module, target: str) -> Any:
+    """Read a dotted attribute path."""
+    value: Any = root
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def concrete(size: Any) -> int:
+    """A size with the symbolic batch replaced by ``SAMPLE_BATCH``."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs({symbol: SAMPLE_BATCH for symbol in expression.free_symbols}))
+
+
+def is_symbolic(size: Any) -> bool:
+    return not isinstance(size, int)
+
+
+def tensor_value(node: fx.Node) -> torch.Tensor | None:
+    """The fake tensor of a node with one tensor result, else None."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's tensor at the sample batch; ``()`` for anything else."""
+    value = tensor_value(node)
+    return () if value is None else tuple(concrete(size) for size in value.shape)
+
+
+def batch_dimensions(node: fx.Node) -> tuple[int, ...]:
+    """Dimensions of a node's tensor whose size depends on the batch."""
+    value = tensor_value(node)
+    if value is None:
+        return ()
+    return tuple(d for d, size in enumerate(value.shape) if is_symbolic(size))
+
+
+def is_scalar(node: fx.Node) -> bool:
+    """Whether a node computes a number (a size), not a tensor."""
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)
+
+
+def path_of(node: fx.Node) -> str:
+    """Module path of a node in the original, ``""`` at the top."""
+    return str(node.meta.get("path", ""))
+
+
+def place(node: fx.Node) -> str:
+    """A node as messages name it: operator and original module path."""
+    path = path_of(node)
+    name = operator_name(node)
+    return f"{name} in {path!r}" if path else f"{name} (node {node.name!r})"
+
+
+def operator_name(node: fx.Node) -> str:
+    """``aten.relu.default`` for operators, the class name for raised modules."""
+    if node.op == "call_module":
+        kind = node.meta.get("kind")
+        return str(kind) if kind else str(node.target)
+    if node.op == "call_function":
+        target = node.target
+        return str(target) if isinstance(target, torch._ops.OpOverload) else str(getattr(target, "__name__", target))
+    return f"{node.op} {node.target}"

@@ -1,0 +1,172 @@
+"""Report: what was cut, what was left whole, and why."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from s2d_compiler.analysis.assignment import StageAssignment
+from s2d_compiler.analysis.channels import UnknownUse
+from s2d_compiler.analysis.cost import static_macs
+from s2d_compiler.program import Dropped, operator_name, path_of
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One layer of the original.
+
+    Attributes:
+        layer: Module path.
+        status: ``cut`` (every stage owns output channels), ``prediction``, or ``whole``.
+        reason: Why it is whole, else empty.
+        resolution: Resolution of its input.
+        macs: MACs per sample in the original.
+        channels: Output channels per stage.
+    """
+
+    layer: str
+    status: str
+    reason: str
+    resolution: str
+    macs: int
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CoupledUse:
+    """An operator that mixes channels without weights and runs once per stage."""
+
+    node: str
+    operator: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the compiler did to a model; prints as text.
+
+    Attributes:
+        layers: Every weighted layer and matrix product, in program order.
+        coupled: Coupled operators.
+        unknown: Operators without a rule, the costliest first.
+        dropped: What evaluation-mode capture left out.
+        notes: Sentences about the capture.
+        cut_share: Share of the original's MACs in cut layers, prediction layers included.
+        nodes: Number of nodes in the captured program.
+    """
+
+    layers: tuple[LayerReport, ...]
+    coupled: tuple[CoupledUse, ...]
+    unknown: tuple[UnknownUse, ...]
+    dropped: Dropped
+    notes: tuple[str, ...]
+    cut_share: float
+    nodes: int
+
+    @property
+    def whole(self) -> tuple[LayerReport, ...]:
+        """Layers that were not cut, the costliest first."""
+        return tuple(sorted((r for r in self.layers if r.status == "whole"), key=lambda r: -r.macs))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON and ``dyn.pt``."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Read what ``to_dict`` wrote."""
+        return cls(
+            layers=tuple(LayerReport(**{**r, "channels": tuple(r["channels"])}) for r in data["layers"]),
+            coupled=tuple(CoupledUse(**r) for r in data["coupled"]),
+            unknown=tuple(UnknownUse(**r) for r in data["unknown"]),
+            dropped=Dropped(tuple(data["dropped"]["modules"]), tuple(data["dropped"]["unused"])),
+            notes=tuple(data["notes"]),
+            cut_share=float(data["cut_share"]),
+            nodes=int(data["nodes"]),
+        )
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        cut = sum(r.status == "cut" for r in self.layers)
+        heads = [r.layer for r in self.layers if r.status == "prediction"]
+        text.write(f"{cut} of {len(self.layers)} layers cut, {self.cut_share:.1%} of the MACs in cut layers\n")
+        text.write(f"exit heads from: {', '.join(heads) if heads else 'none (the output is the features)'}\n")
+        _section(text, "left whole", [f"{r.layer}: {r.reason} ({r.macs:,} MACs)" for r in self.whole])
+        _section(text, "coupled, run once per stage", [f"{c.operator} in {c.path!r}" for c in self.coupled])
+        _section(
+            text,
+            "without a rule, run once per stage at full size",
+            [f"{u.operator} in {u.path!r}: {u.reason} ({u.macs:,} MACs a run)" for u in self.unknown],
+        )
+        _section(text, "not in the graph (evaluation mode drops it)", [*self.dropped.modules, *self.dropped.unused])
+        _section(text, "notes", list(self.notes))
+        return text.getvalue().rstrip()
+
+
+def _section(text: io.StringIO, title: str, rows: list[str], most: int = 12) -> None:
+    if not rows:
+        return
+    text.write(f"{title}:\n")
+    for row in rows[:most]:
+        text.write(f"  {row}\n")
+    if len(rows) > most:
+        text.write(f"  and {len(rows) - most} more\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def report_of(assignment: StageAssignment) -> Report:
+    """What the plan does to every layer of the program."""
+    program, channels = assignment.program, assignment.channels
+    rows: list[LayerReport] = []
+    reasons = {u.node: u.reason for u in channels.unknown}
+    for node in program.nodes:
+        macs = static_macs(program, node) if node.op in ("call_module", "call_function") else 0
+        name = channels.layer_of.get(node.name)
+        if name is None and not macs:
+            continue
+        if name is None:
+            reason = reasons.get(node.name, "it has no channels of its own")
+            rows.append(LayerReport(path_of(node) or operator_name(node), "whole", reason, "", macs, ()))
+            continue
+        layer = channels.layers[name]
+        status, reason, owned = _status(assignment, node.name, name)
+        rows.append(LayerReport(name, status, reason, layer.resolution, macs, owned))
+    total = sum(r.macs for r in rows)
+    cut = sum(r.macs for r in rows if r.status != "whole")
+    return Report(
+        layers=tuple(rows),
+        coupled=tuple(
+            CoupledUse(n, operator_name(program.by_name[n]), path_of(program.by_name[n])) for n in channels.coupled
+        ),
+        unknown=tuple(sorted(channels.unknown, key=lambda u: -u.macs)),
+        dropped=program.dropped,
+        notes=program.notes,
+        cut_share=cut / total if total else 1.0,
+        nodes=len(program.by_name),
+    )
+
+
+def _status(assignment: StageAssignment, node: str, name: str) -> tuple[str, str, tuple[int, ...]]:
+    channels = assignment.channels
+    if node in channels.predictions:
+        return "prediction", "", ()
+    rows = channels.layers[name].rows
+    owners = assignment.owner_of(rows)
+    owned = tuple(int((owners == stage).sum()) for stage in range(1, assignment.thin_stages + 1))
+    if all(owned):
+        return "cut", "", owned
+    atoms = len(np.unique(rows))
+    empty = [str(i) for i, count in enumerate(owned, start=1) if not count]
+    reason = f"its {len(rows)} channels are {atoms} that can be told apart; stage {', '.join(empty)} owns none"
+    return "whole", reason, owned

@@ -1,0 +1,160 @@
+"""Weighted layers: convolutions and linear layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from s2d_compiler.analysis.labels import VERSIONED, Labels, uniform
+from s2d_compiler.layout import Layout
+from s2d_compiler.program import shape_of
+from s2d_compiler.rules.base import NoRule, OperatorRule, register
+from s2d_compiler.rules.channelwise import operand_of
+
+if TYPE_CHECKING:
+    from s2d_compiler.analysis.channels import ChannelContext
+    from s2d_compiler.staging import StageBuilder
+
+#: A grouped convolution with at least this many groups is cut between them.
+GROUPS_TO_CUT_BETWEEN = 8
+
+
+class WeightedLayer(OperatorRule):
+    """Common to layers with a weight that mixes input channels into output channels."""
+
+    #: Dimension of the operand that holds the input channels.
+    channel_dimension: ClassVar[int]
+
+    def columns(self, context_labels: Labels, node: fx.Node) -> Labels:
+        """Label of every input channel."""
+        shape = shape_of(operand_of(node))
+        d = self.channel_dimension % len(shape)
+        other = [context_labels.shape[k] for k in range(len(shape)) if k != d]
+        if any(size > 1 for size in other):
+            raise NoRule("channels lie along a dimension that the layer does not contract")
+        return np.broadcast_to(context_labels.reshape(-1), (shape[d],)).copy()
+
+    def result(self, node: fx.Node, rows: Labels) -> Labels:
+        """Labels of the result from the labels of its output channels."""
+        rank = len(shape_of(node))
+        sizes = [1] * rank
+        sizes[self.channel_dimension % rank] = len(rows)
+        return rows.reshape(sizes)
+
+
+class Convolution(WeightedLayer):
+    """Dense, grouped, depthwise and transposed convolutions.
+
+    Source of the two ways to cut groups: between them from 8 groups on (and depthwise), else
+    inside, position i of every group tied.
+    """
+
+    family: ClassVar[str] = "convolution"
+    channel_dimension = 1
+
+    def labels(self, context: ChannelContext, node: fx.Node) -> Labels:
+        module = context.program.module(node)
+        if module.padding_mode != "zeros":
+            raise NoRule("its padding mode is not zeros")
+        operand = operand_of(node)
+        if len(shape_of(operand)) != module.weight.dim():
+            raise NoRule("its operand has no batch dimension")
+        columns = self.columns(context.labels_of(operand), node)
+        if context.is_prediction(node):
+            context.read_layer(node, columns)
+            return uniform(len(shape_of(node)), VERSIONED)
+        rows = context.write_layer(node, module.out_channels)
+        context.read_layer(node, columns)
+        groups = module.groups
+        if groups > 1:
+            by_in = columns.reshape(groups, -1)
+            by_out = rows.reshape(groups, -1)
+            if is_cut_between(module):
+                anchor = by_out[:, :1]
+                context.ties.tie(anchor, by_out)
+                context.ties.tie(anchor, by_in)
+            else:
+                context.ties.tie(by_out[:1], by_out)
+                _tie_columns(context, by_in)
+        return self.result(node, rows)
+
+    def lower(self, builder: StageBuilder, node: fx.Node, where: Layout, stage: int) -> fx.Node:
+        if builder.is_prediction(node):
+            return builder.head(node, stage)
+        return builder.thin_layer(node, where, stage)
+
+
+def _tie_columns(context: ChannelContext, by_group: Labels) -> None:
+    """Tie position i of every group, constants being neutral."""
+    anchor = by_group.max(axis=0, keepdims=True)
+    context.ties.tie(anchor, by_group)
+
+
+def is_cut_between(module: nn.Module) -> bool:
+    """Whether a grouped convolution is cut between its groups."""
+    groups = int(module.groups)  # type: ignore[arg-type]
+    return groups > 1 and (groups >= GROUPS_TO_CUT_BETWEEN or groups == module.in_channels)
+
+
+class Linear(WeightedLayer):
+    """``y = x W^T + b`` over the last dimension.
+
+    Where the last dimension carries no channels but another one does (token mixing), the
+    weight is one parameter that the stages share.
+    """
+
+    family: ClassVar[str] = "linear"
+    channel_dimension = -1
+
+    def labels(self, context: ChannelContext, node: fx.Node) -> Labels:
+        labels = context.labels_of(operand_of(node))
+        if labels.shape[-1] == 1 and any(size > 1 for size in labels.shape):
+            return labels
+        columns = self.columns(labels, node)
+        if context.is_prediction(node):
+            context.read_layer(node, columns)
+            return uniform(len(shape_of(node)), VERSIONED)
+        rows = context.write_layer(node, context.program.module(node).out_features)
+        context.read_layer(node, columns)
+        return self.result(node, rows)
+
+    def lower(self, builder: StageBuilder, node: fx.Node, where: Layout, stage: int) -> fx.Node:
+        labels = builder.labels(operand_of(node))
+        if labels.shape[-1] == 1 and any(size > 1 for size in labels.shape):
+            source = builder.read(operand_of(node), where, stage)
+            return builder.whole_module(node, (source,), stage)
+        if builder.is_prediction(node):
+            return builder.head(node, stage)
+        return builder.thin_layer(node, where, stage)
+
+
+CONVOLUTION_CLASSES = (
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+)
+LAYER_CLASSES = (*CONVOLUTION_CLASSES, "Linear")
+
+register(Convolution(), CONVOLUTION_CLASSES)
+register(Linear(), ["Linear"])
+
+
+def is_layer(node: fx.Node) -> bool:
+    """Whether a node calls a weighted layer."""
+    return node.op == "call_module" and node.meta.get("kind") in LAYER_CLASSES
+
+
+def weight_positions(module: nn.Module, rows: torch.Tensor, columns: torch.Tensor | None) -> tuple[
+    tuple[int, ...] | None, ...
+]:
+    """Index of a weight, per dimension, for these output rows and input columns."""
+    chosen = None if columns is None else tuple(columns.tolist())
+    taken = tuple(rows.tolist())
+    rest = (None,) * (module.weight.dim() - 2)  # type: ignore[operator, union-attr]
+    return (chosen, taken, *rest) if getattr(module, "transposed", False) else (taken, chosen, *rest)

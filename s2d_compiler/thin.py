@@ -1,0 +1,251 @@
+"""Thin modules: slices of layers as shapes first, filled with weights at the end.
+
+Passes work on modules of the meta device and say in ``graph_module.meta["slices"]`` what
+each of their tensors is a slice of; ``fill`` copies the numbers once everything is decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import fx, nn
+
+from s2d_compiler.program import Program, attribute
+from s2d_compiler.provenance import Slice, normalised
+
+Positions = npt.NDArray[np.int64]
+Slices = dict[str, tuple[torch.Tensor, Slice]]
+
+
+def _tuple(positions: Positions) -> tuple[int, ...]:
+    return tuple(positions.tolist())
+
+
+def _slice(program: Program, path: str, key: str, tensor: torch.Tensor, index: tuple[Any, ...]) -> Slice:
+    name = f"{path}.{key}"
+    return Slice(program.sources.get(name, name), normalised(index, tuple(tensor.shape)))
+
+
+def thin_layer_module(
+    program: Program, node: fx.Node, rows: Positions, columns: Positions | None, groups: int
+) -> tuple[str, Slices, nn.Module]:
+    """Rows and columns of a convolution or linear layer.
+
+    Args:
+        rows: Output channels.
+        columns: Input channels within a group; None for all.
+        groups: Groups of the thin layer.
+    """
+    module = program.module(node)
+    path = str(node.target)
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    taken = _tuple(rows)
+    chosen = None if columns is None else _tuple(columns)
+    rest = (None,) * (weight.dim() - 2)
+    if getattr(module, "transposed", False):
+        index = _transposed_index(module, rows, columns, groups)
+    else:
+        index = (taken, chosen, *rest)
+    slices = {"weight": (weight, _slice(program, path, "weight", weight, index))}
+    if module.bias is not None:
+        bias: torch.Tensor = module.bias  # type: ignore[assignment]
+        slices["bias"] = (bias, _slice(program, path, "bias", bias, (taken,)))
+    per_group = weight.shape[1] if columns is None else len(columns)
+    if getattr(module, "transposed", False):
+        per_group = len(index[0] or range(weight.shape[0])) // groups
+    return path, slices, _resized_layer(module, per_group * groups, len(rows), groups)
+
+
+def _transposed_index(
+    module: nn.Module, rows: Positions, columns: Positions | None, groups: int
+) -> tuple[Any, ...]:
+    """Index of a transposed convolution's weight (in_channels, out_channels / groups, ...)."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    whole = int(module.groups)  # type: ignore[arg-type]
+    per_in, per_out = weight.shape[0] // whole, weight.shape[1]
+    rest = (None,) * (weight.dim() - 2)
+    if whole == 1:
+        return (None if columns is None else _tuple(columns), _tuple(rows), *rest)
+    chosen = np.unique(rows // per_out)
+    inside = np.arange(per_in) if columns is None else columns
+    inputs = (chosen[:, None] * per_in + inside[None, :]).reshape(-1)
+    return (_tuple(inputs), _tuple(np.unique(rows % per_out)), *rest)
+
+
+def _resized_layer(module: nn.Module, inputs: int, outputs: int, groups: int) -> nn.Module:
+    options: dict[str, Any] = {"bias": module.bias is not None, "device": "meta"}
+    options["dtype"] = module.weight.dtype
+    if isinstance(module, nn.Linear):
+        return nn.Linear(inputs, outputs, **options)
+    options |= {k: getattr(module, k) for k in ("stride", "padding", "dilation")}
+    if module.transposed:  # type: ignore[truthy-function]
+        options["output_padding"] = module.output_padding
+    return type(module)(inputs, outputs, module.kernel_size, groups=groups, **options)  # type: ignore[call-arg]
+
+
+def head_module(program: Program, node: fx.Node, columns: Positions) -> tuple[str, Slices, nn.Module]:
+    """All rows and some columns of a prediction layer."""
+    module = program.module(node)
+    rows = np.arange(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
+    return thin_layer_module(program, node, rows, columns, 1)
+
+
+def thin_per_channel_module(
+    program: Program, node: fx.Node, positions: Positions, groups: int | None
+) -> tuple[str, Slices, nn.Module]:
+    """Some channels of a norm or another module whose tensors have one entry per channel."""
+    module = program.module(node)
+    path = str(node.target)
+    slices: Slices = {}
+    for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        per_channel = tensor.dim() == 1 and tensor.shape[0] > 1
+        index = (_tuple(positions),) if per_channel else (None,) * tensor.dim()
+        slices[key] = (tensor, _slice(program, path, key, tensor, index))
+    return path, slices, _resized_norm(module, len(positions), groups)
+
+
+def _resized_norm(module: nn.Module, channels: int, groups: int | None) -> nn.Module:
+    options: dict[str, Any] = {"device": "meta"}
+    tensor = next(module.parameters(), next(module.buffers(), None))
+    if tensor is not None and tensor.is_floating_point():
+        options["dtype"] = tensor.dtype
+    if isinstance(module, nn.PReLU):
+        return nn.PReLU(1 if module.num_parameters == 1 else channels, **options)
+    if isinstance(module, nn.GroupNorm):
+        assert groups is not None
+        return nn.GroupNorm(groups, channels, eps=module.eps, affine=module.affine, **options)
+    if isinstance(module, nn.LayerNorm):
+        return nn.LayerNorm(
+            channels,
+            eps=module.eps,
+            elementwise_affine=module.elementwise_affine,
+            bias=module.bias is not None,
+            **options,
+        )
+    kept = ("eps", "momentum", "affine", "track_running_stats")
+    return type(module)(channels, **{k: getattr(module, k) for k in kept}, **options)  # type: ignore[call-arg]
+
+
+# -- placing and filling ---------------------------------------------------------------------------
+
+
+def place_slices(
+    graph_module: fx.GraphModule,
+    name: str,
+    slices: Mapping[str, tuple[torch.Tensor, Slice]],
+    *,
+    like: nn.Module | None = None,
+    persistent: bool = True,
+) -> str:
+    """Put a module (or, under the key ``""``, a tensor) of slices into a staged graph.
+
+    Returns:
+        The attribute name: ``name``, or with a suffix where that one holds something else.
+    """
+    table: dict[str, Slice] = graph_module.meta["slices"]
+    entries = {f"{name}.{k}" if k else name: s for k, (_, s) in slices.items()}
+    candidate, count = name, 1
+    while _occupied(graph_module, candidate):
+        if all(table.get(k) == s for k, s in entries.items()) and _same_kind(graph_module, candidate, like):
+            return candidate
+        count += 1
+        candidate = f"{name}_{count}"
+        entries = {f"{candidate}.{k}" if k else candidate: s for k, (_, s) in slices.items()}
+    if like is not None:
+        graph_module.add_submodule(candidate, meta_copy(like))
+    else:
+        tensor, _ = slices[""]
+        _assign_tensor(graph_module, candidate, tensor, persistent=persistent)
+    table.update(entries)
+    return candidate
+
+
+def remove_module(graph_module: fx.GraphModule, name: str) -> None:
+    """Take a module of slices out of a staged graph."""
+    graph_module.delete_submodule(name)
+    table: dict[str, Slice] = graph_module.meta["slices"]
+    for key in [k for k in table if k.startswith(f"{name}.")]:
+        del table[key]
+
+
+def _same_kind(root: nn.Module, name: str, like: nn.Module | None) -> bool:
+    if like is None:
+        return True
+    found = attribute(root, name)
+    return type(found) is type(like) and found.extra_repr() == like.extra_repr()
+
+
+def _occupied(root: nn.Module, name: str) -> bool:
+    try:
+        found = attribute(root, name)
+    except AttributeError:
+        return False
+    return not (isinstance(found, nn.Module) and type(found) is nn.Module)
+
+
+def meta_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module on the meta device."""
+    copied = type(module).__new__(type(module))
+    copied.__dict__ = {**module.__dict__}
+    copied._parameters = {
+        k: None if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+        for k, p in module._parameters.items()
+    }
+    copied._buffers = {k: None if b is None else b.detach().to("meta") for k, b in module._buffers.items()}
+    copied._modules = {}
+    return copied
+
+
+def _assign_tensor(root: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool) -> None:
+    *containers, last = name.split(".")
+    module = root
+    for part in containers:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    shape = tensor.detach().to("meta")
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(last, nn.Parameter(shape, requires_grad=tensor.requires_grad))
+    else:
+        module.register_buffer(last, shape, persistent=persistent)
+
+
+def fill(root: nn.Module, slices: Mapping[str, Slice], program: Program) -> None:
+    """Copy the slices' numbers from the original into the modules of a staged graph.
+
+    Equal slices within one stage share one tensor (call sites of one module).
+    """
+    tensors = originals(program)
+    made: dict[tuple[str, Slice], torch.Tensor] = {}
+    for name, where in slices.items():
+        container, _, last = name.rpartition(".")
+        try:
+            module = root.get_submodule(container)
+        except AttributeError:
+            continue
+        stage = name.split(".")[1] if name.startswith("stages.") else ""
+        original = tensors[where.source]
+        if last in module._parameters:
+            key = (stage, where)
+            if key not in made:
+                data = where.take(original.detach())
+                made[key] = nn.Parameter(data, requires_grad=original.requires_grad)
+            module._parameters[last] = made[key]  # type: ignore[assignment]
+        elif last in module._buffers:
+            module._buffers[last] = where.take(original.detach())
+
+
+def originals(program: Program) -> dict[str, torch.Tensor]:
+    """Original tensors by state-dict key (by attribute name for constants)."""
+    result: dict[str, torch.Tensor] = {}
+    root = program.graph_module
+    for name, tensor in [
+        *root.named_parameters(remove_duplicate=False),
+        *root.named_buffers(remove_duplicate=False),
+    ]:
+        result[program.sources.get(name, name)] = tensor
+    return result

@@ -1,0 +1,357 @@
+"""Capture a model with ``torch.export`` and make it a ``Program``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.export.graph_signature import InputKind
+
+from s2d_compiler.errors import CaptureError, InputShapeError
+from s2d_compiler.functionalize import functionalize, pieces_to_slices
+from s2d_compiler.program import Dropped, Program
+from s2d_compiler.raising import Raiser
+
+log = logging.getLogger(__name__)
+
+#: Example batch of the capture: a number that no other dimension of a usual model has.
+EXAMPLE_BATCH = 5
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.lazy.LazyModuleMixin)
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    input_shape: Sequence[int] | None = None,
+) -> Program:
+    """Capture ``model`` in evaluation mode, with a free batch size where it allows one.
+
+    Args:
+        model: Any module that ``torch.export`` can capture. Its weights, training flags and
+            attributes are left as they are.
+        example_inputs: Positional inputs with a batch in dimension 0.
+        input_shape: Shape of one input without the batch, used when there are no examples.
+            Without both: the first convolution's channels at 224 (by 224 for images).
+
+    Raises:
+        InputShapeError: The model does not run on inputs of this shape.
+        CaptureError: ``torch.export`` cannot make one graph of it.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"the model is a {type(model).__name__}, not a torch.nn.Module; pass the module itself."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "the model is a TorchScript module, which torch.export does not read; "
+            "pass the Python model that it was scripted from."
+        )
+    notes: list[str] = []
+    inputs = _inputs(model, example_inputs, input_shape, notes)
+    with _evaluation(model):
+        exported, batch = _export(model, inputs, notes)
+        return _program(model, exported, inputs, batch, notes)
+
+
+# -- inputs -------------------------------------------------------------------------------------
+
+
+def _first_tensor(model: nn.Module) -> torch.Tensor | None:
+    tensors = [*model.parameters(), *model.buffers()]
+    return next((t for t in tensors if t.is_floating_point()), None)
+
+
+def guess_input_shape(model: nn.Module) -> tuple[int, ...]:
+    """The first convolution's channels at 224 by 224.
+
+    Raises:
+        InputShapeError: There is no convolution to tell.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            rank = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+            n = next(r for kind, r in rank.items() if isinstance(module, kind))
+            return (module.in_channels, *[224] * n)
+    raise InputShapeError(
+        "the model has no convolution that tells its input shape; give example_inputs, "
+        'or "input_shape" in the plan, such as [3, 224, 224].'
+    )
+
+
+def _inputs(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | None,
+    input_shape: Sequence[int] | None,
+    notes: list[str],
+) -> tuple[Any, ...]:
+    if example_inputs is not None:
+        if isinstance(example_inputs, torch.Tensor):
+            raise InputShapeError(
+                "example_inputs is a tensor; give a tuple of the model's positional inputs, (x,)."
+            )
+        return tuple(_rebatched(value) for value in example_inputs)
+    if input_shape is None:
+        input_shape = guess_input_shape(model)
+        shape = "x".join(map(str, input_shape))
+        notes.append(f"input shape assumed to be {shape} (give input_shape to change it)")
+        log.warning("input shape not given: assuming %s", shape)
+    like = _first_tensor(model)
+    options: dict[str, Any] = {} if like is None else {"dtype": like.dtype, "device": like.device}
+    return (torch.zeros(EXAMPLE_BATCH, *input_shape, **options),)
+
+
+def _rebatched(value: Any) -> Any:
+    """An example with the batch size of the capture."""
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return value
+    if value.shape[0] == 0:
+        return value.new_zeros((EXAMPLE_BATCH, *value.shape[1:]))
+    return value[:1].detach().expand(EXAMPLE_BATCH, *value.shape[1:]).clone()
+
+
+# -- export -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with every training flag put back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _export(
+    model: nn.Module, inputs: tuple[Any, ...], notes: list[str]
+) -> tuple[torch.export.ExportedProgram, int | None]:
+    dynamic = tuple(
+        {0: torch.export.Dim.DYNAMIC} if isinstance(v, torch.Tensor) and v.dim() else None
+        for v in inputs
+    )
+    try:
+        return _run_export(model, inputs, dynamic), None
+    except Exception as error:
+        first = error
+    _require_runs(model, inputs)
+    try:
+        fixed = _run_export(model, inputs, None)
+    except Exception as second:
+        raise CaptureError(
+            f"torch.export cannot capture {type(model).__name__}: {_first_line(second)}"
+            f"{_where(second)}. Values of tensors must not decide what runs; remove that from "
+            "the model's forward, or transform the part without it."
+        ) from second
+    batch = next((int(v.shape[0]) for v in inputs if isinstance(v, torch.Tensor) and v.dim()), 1)
+    log.debug("dynamic batch refused: %s", first)
+    notes.append(
+        f"the model fixes its batch size{_where(first)}: the result takes batches of {batch} only"
+    )
+    log.warning(notes[-1])
+    return fixed, batch
+
+
+def _run_export(model: nn.Module, inputs: tuple[Any, ...], dynamic: Any) -> torch.export.ExportedProgram:
+    with warnings.catch_warnings(), torch.no_grad(), _quiet_export():
+        warnings.simplefilter("ignore")
+        return torch.export.export(model, inputs, dynamic_shapes=dynamic, strict=False)
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Keep torch's own logging of a failed export off the terminal; the error says it."""
+    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental", "torch.export", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _require_runs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Tell a wrong input shape from a model that cannot be captured."""
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except Exception as error:
+        shapes = ", ".join(
+            "x".join(map(str, v.shape[1:])) for v in inputs if isinstance(v, torch.Tensor)
+        )
+        raise InputShapeError(
+            f"{type(model).__name__} does not run on an input of shape {shapes}{_where(error)}: "
+            f"{_first_line(error)}. Give the shape it was made for: example_inputs, "
+            '"input_shape" in the plan, or --input-shape.'
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def _where(error: BaseException) -> str:
+    """``, at file:line: code`` of the last frame in the model's own source."""
+    frames = traceback.extract_tb(error.__traceback__)
+    user = [
+        f for f in frames if not f.filename.startswith((_TORCH, _HERE)) and not f.filename.startswith("<")
+    ]
+    own = [f for f in user if f.name == "forward"] or [f for f in user if f.line and "capture(" not in f.line]
+    if not own:
+        return ""
+    frame = own[-1]
+    return f", at {frame.filename}:{frame.lineno} ({frame.line})"
+
+
+# -- program ------------------------------------------------------------------------------------
+
+
+def _program(
+    model: nn.Module,
+    exported: torch.export.ExportedProgram,
+    inputs: tuple[Any, ...],
+    batch: int | None,
+    notes: list[str],
+) -> Program:
+    lifted = _Lifted(model, exported)
+    graph, written = functionalize(exported.graph_module.graph, lifted.constants, lifted.add_constant)
+    notes += written
+    lifted.unlift(graph)
+    graph_module = fx.GraphModule(lifted.root, graph, class_name=type(model).__name__)
+    for node in graph.nodes:
+        node.meta["path"] = _module_path(node)
+    pieces_to_slices(graph)
+    graph.eliminate_dead_code()
+    Raiser(graph_module, lifted.sources, model).run()
+    output_spec = _flat_output(graph, exported)
+    graph.lint()
+    graph_module.recompile()
+    return Program(
+        graph_module=graph_module,
+        sources=lifted.sources,
+        batch=batch,
+        input_shapes=tuple(tuple(v.shape[1:]) for v in inputs if isinstance(v, torch.Tensor)),
+        dropped=_dropped(model, graph_module, lifted.sources),
+        output_spec=output_spec,
+        notes=tuple(notes),
+    )
+
+
+class _Lifted:
+    """Turns the inputs that export lifted out of the model back into attributes."""
+
+    def __init__(self, model: nn.Module, exported: torch.export.ExportedProgram):
+        self.root = nn.Module()
+        self.sources: dict[str, str] = {}
+        self.attributes: dict[str, str] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+        self.count = 0
+        tensors = dict(model.named_parameters(remove_duplicate=False))
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        persistent = set(model.state_dict(keep_vars=True))
+        names = {id(t): name for name, t in reversed([*tensors.items(), *buffers.items()])}
+        for spec in exported.graph_signature.input_specs:
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                target = str(spec.target)
+                tensor = tensors.get(target, buffers.get(target))
+                assert tensor is not None, target
+                target = names.get(id(tensor), target)
+                self.attributes[spec.arg.name] = target
+                _assign(self.root, target, tensor, persistent=target in persistent)
+                if target in persistent:
+                    self.sources[target] = target
+            elif spec.kind == InputKind.CONSTANT_TENSOR:
+                self.constants[spec.arg.name] = exported.constants[str(spec.target)]
+
+    def add_constant(self, value: torch.Tensor) -> str:
+        name = f"_constants.c{self.count}"
+        self.count += 1
+        _assign(self.root, name, value.detach(), persistent=False)
+        return name
+
+    def unlift(self, graph: fx.Graph) -> None:
+        for node in list(graph.nodes):
+            if node.op != "placeholder" or node.name not in self.attributes:
+                continue
+            with graph.inserting_before(node):
+                created = graph.get_attr(self.attributes[node.name])
+            created.meta = dict(node.meta)
+            node.replace_all_uses_with(created)
+            graph.erase_node(node)
+
+
+def _assign(root: nn.Module, target: str, tensor: torch.Tensor, *, persistent: bool) -> None:
+    *containers, name = target.split(".")
+    module = root
+    for container in containers:
+        if not hasattr(module, container):
+            module.add_module(container, nn.Module())
+        module = getattr(module, container)
+    if hasattr(module, name):
+        return
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(name, tensor)
+    else:
+        module.register_buffer(name, tensor, persistent=persistent)
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    return re.sub(r"@\d+", "", path).removeprefix("L['self'].").removeprefix("L__self__")
+
+
+def _flat_output(graph: fx.Graph, exported: torch.export.ExportedProgram) -> Any:
+    """Leave the flat list of outputs in the graph; return the pytree of the original's."""
+    spec = exported.call_spec.out_spec
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    values = list(output.args[0])[-spec.num_leaves :] if spec.num_leaves else []
+    output.args = (tuple(values),)
+    return None if spec == pytree.tree_structure(0) else spec
+
+
+def _dropped(model: nn.Module, graph_module: fx.GraphModule, sources: dict[str, str]) -> Dropped:
+    read: set[str] = set()
+    paths: set[str] = set()
+    for node in graph_module.graph.nodes:
+        for path, _ in node.meta.get("nn_module_stack", {}).values():
+            paths.add(re.sub(r"@\d+", "", str(path)))
+        if node.op == "get_attr":
+            read.add(sources.get(str(node.target), str(node.target)))
+        if node.op == "call_module":
+            read |= {source for target, source in sources.items() if target.rpartition(".")[0] == node.target}
+    unused = [
+        name
+        for name, module in model.named_modules()
+        if name and (keys := {f"{name}.{k}" for k, _ in module.named_parameters()}) and not keys & read
+    ]
+    top = [n for n in unused if not any(n.startswith(f"{other}.") for other in unused if other != n)]
+    silent = [
+        name
+        for name, module in model.named_modules()
+        if name
+        and not list(module.children())
+        and not list(module.parameters())
+        and name not in paths
+        and not isinstance(module, nn.Identity | nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        and not any(name.startswith(f"{other}.") for other in top)
+    ]
+    return Dropped(modules=tuple(silent), unused=tuple(top))
