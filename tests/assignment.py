@@ -27,7 +27,6 @@ from tests.reference import (
     positions,
     read_assignment,
     stage_of_key,
-    thin_stages,
 )
 
 if TYPE_CHECKING:
@@ -115,7 +114,8 @@ def _l1(structure: Structure, atom: frozenset[int]) -> float:
 def empty_stages(structure: Structure, plan: Plan) -> list[int]:
     """Stages, from 1, that add no channel anywhere: such a plan is an error."""
     owner = expected_owners(structure, plan)
-    return [stage for stage in range(1, plan.stages + 1) if not bool((owner == stage).any())]
+    thin = plan.stages - 1 if plan.final == "original" else plan.stages
+    return [stage for stage in range(1, thin + 1) if not bool((owner == stage).any())]
 
 
 def alive(structure: Structure, plan: Plan, layer: Layer, owner: Tensor, stage: int) -> Tensor:
@@ -138,15 +138,71 @@ def alive(structure: Structure, plan: Plan, layer: Layer, owner: Tensor, stage: 
     return mask
 
 
+def planned_assignment(
+    structure: Structure, plan: Plan, found: Assignment | None = None
+) -> Assignment:
+    """The assignment that follows from the plan alone, dead rows included.
+
+    Where one of many channels gates others the design does not say how its family is cut, but
+    that the gate is in stage 1; such families are taken from ``found``.
+    """
+    thin = plan.stages - 1 if plan.final == "original" else plan.stages
+    owner = expected_owners(structure, plan).clamp(max=thin + 1)
+    for family in families(structure):
+        for atom in family.atoms if found is not None and has_free_cut(structure, family) else ():
+            stages = {int(found.owner[item]) for item in atom} - {thin + 1}
+            owner[list(atom)] = min(stages, default=thin + 1)
+    heads = structure.prediction_layers()
+    masks = {
+        path: [
+            _head_mask(layer, owner, stage)
+            if path in heads
+            else alive(structure, plan, layer, owner, stage)
+            for stage in range(1, thin + 1)
+        ]
+        for path, layer in structure.layers.items()
+    }
+    return Assignment(thin, masks, heads, owner)
+
+
+def has_free_cut(structure: Structure, family: Family) -> bool:
+    """Whether a gate is among several atoms of the family."""
+    pinned = any(
+        structure.ties.find(gate) == structure.ties.find(min(atom))
+        for gate in structure.gates
+        for atom in family.atoms
+    )
+    return pinned and len(family.atoms) > 1
+
+
+def _head_mask(layer: Layer, owner: Tensor, stage: int) -> Tensor:
+    readable = owner[layer.columns[0]] <= stage
+    return readable.view(layer.groups, -1).repeat_interleave(len(layer.rows) // layer.groups, 0)
+
+
+def missing_rows(structure: Structure, assignment: Assignment) -> dict[str, Tensor]:
+    """Per layer, which rows no thin stage stores."""
+    return {
+        path: ~torch.stack([mask.any(1) for mask in masks]).any(0)
+        for path, masks in assignment.masks.items()
+        if masks
+    }
+
+
 def violations(model: nn.Module, structure: Structure, dyn: DynamicLike, plan: Plan) -> list[str]:
-    """Every rule of ownership that the provenance of ``dyn`` breaks, in words."""
+    """Every rule of ownership that the provenance of ``dyn`` breaks, in words.
+
+    A row may be in no stage, if nothing that is read depends on it; that this is so shows in
+    the outputs of the masked form of ``planned_assignment``, which has all rows.
+    """
     assignment = read_assignment(structure, dyn)
+    planned = planned_assignment(structure, plan, assignment)
     return [
         *_values(model, dyn),
         *_partition(structure, dyn, assignment),
         *_ties(structure, assignment),
-        *_alive(structure, plan, assignment),
-        *_cuts(structure, plan, assignment),
+        *_alive(structure, plan, assignment, planned),
+        *_cuts(structure, assignment, planned),
     ]
 
 
@@ -203,8 +259,6 @@ def _partition(structure: Structure, dyn: DynamicLike, assignment: Assignment) -
         held = torch.stack([mask.any(1) for mask in masks]) if masks else torch.zeros(0, 1)
         if path in assignment.heads and not bool(held.all()):
             yield f"{path}: rows in several stages, but not all of them in every stage"
-        if thin_stages(dyn) == dyn.plan.stages and not bool(held.any(0).all()):
-            yield f"{path}: {int((~held.any(0)).sum())} rows are in no stage"
     if assignment.stages > 1:
         expected = structure.prediction_layers()
         if set(expected) != set(assignment.heads):
@@ -213,39 +267,48 @@ def _partition(structure: Structure, dyn: DynamicLike, assignment: Assignment) -
 
 def _ties(structure: Structure, assignment: Assignment) -> Iterator[str]:
     broken: dict[str, int] = defaultdict(int)
+    nowhere = assignment.stages + 1
     for first, second, why in structure.ties.pairs:
-        if assignment.owner[first] != assignment.owner[second]:
+        stages = {int(assignment.owner[first]), int(assignment.owner[second])} - {nowhere}
+        if len(stages) > 1:
             broken[why] += 1
     for why, times in broken.items():
         yield f"{why}: {times} pairs of tied positions in different stages"
     for gate in structure.gates:
-        if int(assignment.owner[gate]) not in (1, VERSION_OWNER):
+        if int(assignment.owner[gate]) not in (1, nowhere, VERSION_OWNER):
             yield f"a value broadcast against channels is in stage {int(assignment.owner[gate])}"
 
 
-def _alive(structure: Structure, plan: Plan, assignment: Assignment) -> Iterator[str]:
+def _alive(
+    structure: Structure, plan: Plan, assignment: Assignment, planned: Assignment
+) -> Iterator[str]:
+    stored_somewhere = assignment.owner <= assignment.stages
+    owner = torch.where(stored_somewhere, assignment.owner, planned.owner)
+    missing = missing_rows(structure, assignment)
     for path, masks in assignment.masks.items():
         layer = structure.layers[path]
         for stage, mask in enumerate(masks, 1):
             if path in assignment.heads:
-                owner = assignment.owner[layer.columns[0]]
-                expected = (owner <= stage).expand(mask.shape)
+                expected = _head_mask(layer, owner, stage)
             else:
-                expected = alive(structure, plan, layer, assignment.owner, stage)
+                expected = alive(structure, plan, layer, owner, stage)
+                expected = expected & ~missing[path][:, None]
             if not torch.equal(mask, expected):
                 stored, wanted = int(mask.sum()), int(expected.sum())
                 yield f"{path}, stage {stage}: {stored} weights are stored, {wanted} are alive"
 
 
-def _cuts(structure: Structure, plan: Plan, assignment: Assignment) -> Iterator[str]:
+def _cuts(structure: Structure, assignment: Assignment, planned: Assignment) -> Iterator[str]:
     """Every family is cut where the plan says, in the plan's order."""
-    expected = expected_owners(structure, plan)
+    nowhere = assignment.stages + 1
     for family in families(structure):
-        if any(atom & structure.gates for atom in family.atoms) and len(family.atoms) > 1:
-            continue
-        got = [int(assignment.owner[min(atom)]) for atom in family.atoms]
-        wanted = [min(int(expected[min(atom)]), assignment.stages + 1) for atom in family.atoms]
-        if assignment.stages > 0 and got != wanted:
+        got, wanted = [], []
+        for atom in family.atoms:
+            stages = {int(assignment.owner[item]) for item in atom} - {nowhere}
+            if stages:
+                got.append(min(stages))
+                wanted.append(int(planned.owner[min(atom)]))
+        if got != wanted:
             yield (
                 f"family written by {', '.join(family.writers)} and read by "
                 f"{', '.join(sorted(family.readers))} at {family.resolution}: "

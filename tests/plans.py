@@ -38,28 +38,30 @@ def plan_dict(pick: Pick, resolutions: Sequence[str] = ()) -> dict[str, Any]:
     """One random plan; settings by resolution are drawn from those that are given."""
     stages = pick.one([2, 3, 1, 4, 5])
     groups = pick.one([8, 8, 8, 5, 16])
-    plan: dict[str, Any] = {
-        "stages": stages,
-        "groups": groups,
-        "default": {"split": _split(pick, stages, groups), "concat": _concat(pick, stages)},
+    plan: dict[str, Any] = {"stages": stages, "groups": groups}
+    if stages > 1 and pick.one([False, False, False, True]):
+        plan["final"] = "original"
+    # the untouched network at the end reads nothing from the stages before it
+    readers = stages - 1 if "final" in plan else stages
+    plan["default"] = {
+        "split": _split(pick, stages, groups),
+        "concat": _concat(pick, readers),
     }
     special = [r for r in resolutions if pick.one([False, False, True])]
     if special:
-        plan["resolutions"] = {r: _setting(pick, stages, groups) for r in special}
+        plan["resolutions"] = {r: _setting(pick, stages, groups, readers) for r in special}
     if pick.one([False, True]):
         plan["order"] = pick.one(["l1", "index"])
-    if pick.one([False, False, False, True]):
-        plan["final"] = pick.one(["original", "cut"])
     return plan
 
 
-def _setting(pick: Pick, stages: int, groups: int) -> dict[str, Any]:
+def _setting(pick: Pick, stages: int, groups: int, readers: int) -> dict[str, Any]:
     setting: dict[str, Any] = {}
     what = pick.one(["both", "split", "concat"])
     if what != "concat":
         setting["split"] = _split(pick, stages, groups)
     if what != "split":
-        setting["concat"] = _concat(pick, stages)
+        setting["concat"] = _concat(pick, readers)
     return setting
 
 
@@ -71,11 +73,11 @@ def _split(pick: Pick, stages: int, groups: int) -> list[int]:
     return sorted(cuts)
 
 
-def _concat(pick: Pick, stages: int) -> Any:
+def _concat(pick: Pick, readers: int) -> Any:
     how = pick.one(["all", "none", "some"])
     if how != "some":
         return how
-    pairs = [(late, early) for late in range(2, stages + 1) for early in range(1, late)]
+    pairs = [(late, early) for late in range(2, readers + 1) for early in range(1, late)]
     return [list(pair) for pair in pairs if pick.one([True, False])]
 
 

@@ -118,7 +118,7 @@ ELEMENTWISE_FUNCTIONS: frozenset[Any] = frozenset(
     }
 )  # fmt: skip
 ELEMENTWISE_METHODS: frozenset[str] = frozenset(
-    (  # noqa: SIM905
+    (
         "relu relu_ sigmoid sigmoid_ tanh tanh_ add add_ sub sub_ mul mul_ div div_ clamp clamp_ "
         "exp abs neg pow sqrt square maximum minimum float double"
     ).split()
@@ -133,7 +133,7 @@ MOVING_FUNCTIONS: frozenset[Any] = frozenset(
     }
 )  # fmt: skip
 MOVING_METHODS: frozenset[str] = frozenset(
-    (  # noqa: SIM905
+    (
         "chunk split flatten reshape view permute transpose squeeze unsqueeze narrow select expand "
         "index_select unbind contiguous clone detach unflatten size dim expand_as view_as"
     ).split()
@@ -228,6 +228,7 @@ class Structure:
         self._next_id = VERSIONED + 1
         self._path_of: dict[int, str] = {}
         self._sites: dict[int, Tensor] = {}
+        self._predictions: list[str] | None = None
         self._run(x[:1])
 
     # -- walking
@@ -434,32 +435,28 @@ class Structure:
     def prediction_layers(self) -> list[str]:
         """Layers whose paths all end at the output without meeting another layer, and
         which share no atom with another one (DESIGN 2)."""
-        output = next(n for n in self.traced.graph.nodes if n.op == "output")
-        found = []
-        for path, layer in self.layers.items():
-            reached = set(layer.nodes)
-            pending = list(layer.nodes)
-            met = False
-            while pending:
-                for user in pending.pop().users:
-                    met = met or is_weighted(self.model, user)
-                    if user not in reached:
-                        reached.add(user)
-                        pending.append(user)
-            own = {self.ties.find(r) for r in layer.rows}
-            shared = any(
-                own & {self.ties.find(r) for r in other.rows}
-                for other in self.layers.values()
-                if other is not layer
-            )
-            shared = shared or any(
-                own & {self.ties.find(c) for c in cs if c > VERSIONED}
-                for other in self.layers.values()
-                for cs in other.columns
-            )
-            if output in reached and not met and not shared:
-                found.append(path)
-        return found
+        if self._predictions is None:
+            last = [layer for layer in self.layers.values() if self._ends(layer)]
+            self._predictions = [layer.path for layer in last if not self._shares(layer)]
+        return self._predictions
+
+    def _ends(self, layer: Layer) -> bool:
+        """Whether the output is reached from ``layer``, and no other layer is."""
+        reached, pending = set(layer.nodes), list(layer.nodes)
+        while pending:
+            for user in pending.pop().users:
+                if is_weighted(self.model, user):
+                    return False
+                if user not in reached:
+                    reached.add(user)
+                    pending.append(user)
+        return any(node.op == "output" for node in reached)
+
+    def _shares(self, layer: Layer) -> bool:
+        own = {self.ties.find(row) for row in layer.rows}
+        others = [row for other in self.layers.values() if other is not layer for row in other.rows]
+        read = [c for other in self.layers.values() for call in other.columns for c in call]
+        return any(self.ties.find(item) in own for item in (*others, *read) if item > VERSIONED)
 
 
 def carried(ids: Tensor) -> set[int]:
@@ -529,6 +526,8 @@ def kind_of(model: nn.Module, node: fx.Node) -> str:
         return next((kind for table, kind in tables if isinstance(module, table)), "none")
     if node.target is F.pad:
         return "padding"
+    if getattr(node.target, "__name__", "") == "stochastic_depth":
+        return "elementwise"  # torchvision's; it does nothing in eval mode
     if node.target in (torch.max, torch.min) and isinstance((*node.args, None)[1], fx.Node):
         return "elementwise"
     functions: list[tuple[frozenset[Any], str]] = [
@@ -635,7 +634,8 @@ class Assignment:
         stages: number of thin stages.
         masks: per layer path and stage from 1, a boolean (rows, columns) of what is stored.
         heads: paths whose rows several stages have.
-        owner: per id, its stage; ``VERSION_OWNER`` for rows of heads.
+        owner: per id, its stage; ``VERSION_OWNER`` for rows of heads, ``stages + 1`` for rows
+            that no stage has: they count as dead.
     """
 
     stages: int
@@ -683,7 +683,11 @@ def read_assignment(structure: Structure, dyn: DynamicLike) -> Assignment:
 
 
 def masked_outputs(
-    model: nn.Module, dyn: DynamicLike, x: Tensor, structure: Structure | None = None
+    model: nn.Module,
+    dyn: DynamicLike,
+    x: Tensor,
+    structure: Structure | None = None,
+    assignment: Assignment | None = None,
 ) -> list[Any]:
     """What every stage of ``dyn`` must output for ``x``, from the original and provenance.
 
@@ -691,12 +695,14 @@ def masked_outputs(
         model: the original, in eval mode.
         dyn: the transformed network; only ``provenance`` and ``plan`` are read.
         x: (N, C, H, W).
+        structure: of the model, if at hand.
+        assignment: instead of the one that provenance tells.
 
     Returns:
         One output per stage, of the original's structure.
     """
     structure = structure or Structure(model, x)
-    assignment = read_assignment(structure, dyn)
+    assignment = assignment or read_assignment(structure, dyn)
     runner = _Runner(structure, assignment, x)
     outputs = []
     with torch.no_grad():
