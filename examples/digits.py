@@ -1,0 +1,230 @@
+"""From a trained network to a dynamic one, on real images, in about two minutes.
+
+The images are scikit-learn's handwritten digits, 1797 of 8x8 pixels, which come with that
+package. ``make demo`` runs the four steps; by hand they are::
+
+    python -m examples.digits train --output model.pt
+    s2d-compile model.pt --arch examples.digits:build --splits examples/digits.json -o dyn.pt
+    python -m examples.digits finetune dyn.pt --output dyn-tuned.pt
+    python -m examples.digits eval model.pt dyn.pt dyn-tuned.pt
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+import cyclopts
+import numpy
+import torch
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import s2d_compiler
+from s2d_compiler import DynamicModel
+
+SEED = 0
+HELD_OUT = 450  # of 1797 images: a quarter, which training never sees
+BATCH = 64
+EPOCHS = 60
+
+app = cyclopts.App(name="python -m examples.digits", help=__doc__, help_format="plaintext")
+console = Console()
+
+
+# The network
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut around them."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            projection = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class DigitNet(nn.Module):
+    """A small residual network: four blocks at 8x8 and 4x4, 16 and 32 channels wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        )
+        self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1))
+        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1))
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, 1, 8, 8) to logits (N, 10)."""
+        x = self.layer2(self.layer1(self.stem(x)))
+        logits: Tensor = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return logits
+
+
+def build() -> DigitNet:
+    """Build the untrained network; ``--arch examples.digits:build`` names this function."""
+    return DigitNet()
+
+
+# The data
+
+
+@dataclass(frozen=True, slots=True)
+class Digits:
+    """Images (N, 1, 8, 8) with values from 0 to 1, and their labels (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Tensor | slice) -> Digits:
+        return Digits(self.images[rows], self.labels[rows])
+
+
+@cache
+def load_data() -> tuple[Digits, Digits]:
+    """Give the training and the held-out digits; the seed alone decides which is which."""
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels.astype(numpy.float32) / 16).view(-1, 1, 8, 8)
+    digits = Digits(images, torch.from_numpy(labels.astype(numpy.int64)))
+    shuffled = digits[torch.randperm(len(digits), generator=torch.Generator().manual_seed(SEED))]
+    return shuffled[HELD_OUT:], shuffled[:HELD_OUT]
+
+
+def jitter(images: Tensor) -> Tensor:
+    """Move a batch (N, C, H, W) by up to one pixel each way: digits stay what they are."""
+    rows, columns = torch.randint(3, (2,)).tolist()
+    height, width = images.shape[-2:]
+    return F.pad(images, (1, 1, 1, 1))[..., rows : rows + height, columns : columns + width]
+
+
+# Training and measuring
+
+
+def joint_loss(outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Add up the cross entropies of all stages, so that every exit learns to answer.
+
+    Source: S2DNAS, section 3.3 (with equal weights).
+    """
+    return torch.stack([F.cross_entropy(logits, labels) for logits in outputs]).sum()
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    *,
+    learning_rate: float,
+    epochs: int = EPOCHS,
+    max_steps: int | None = None,
+) -> float:
+    """Train a model in place on the training digits and return the loss of the last step."""
+    digits, _ = load_data()
+    steps = epochs * (len(digits) // BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    value = torch.tensor(float("nan"))
+    model.train()
+    for _ in range(steps if max_steps is None else min(steps, max_steps)):
+        batch = digits[torch.randint(len(digits), (BATCH,))]
+        value = loss(model(jitter(batch.images)), batch.labels)
+        optimizer.zero_grad()
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    return value.item()
+
+
+@torch.no_grad()
+def stage_accuracies(model: nn.Module) -> list[float]:
+    """Give the share of held-out digits that each output of the model gets right."""
+    _, held_out = load_data()
+    outputs = model.eval()(held_out.images)
+    stages = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [(logits.argmax(1) == held_out.labels).double().mean().item() for logits in stages]
+
+
+def comparison(static: nn.Module, before: DynamicModel, after: DynamicModel) -> Table:
+    """Lay out what each stage costs and how often it is right, beside the static network."""
+    _, held_out = load_data()
+    table = Table(
+        title=f"Cost per image, and the share of {len(held_out)} held-out digits got right"
+    )
+    table.add_column("stage")
+    for header in ("MACs", "cumulative MACs", "share", "as compiled", "fine-tuned"):
+        table.add_column(header, justify="right")
+    cost = after.cost
+    rows = zip(cost.stages, stage_accuracies(before), stage_accuracies(after), strict=True)
+    for number, (stage, untuned, tuned) in enumerate(rows, start=1):
+        share = stage.cumulative_macs / cost.original_macs
+        costs = (f"{stage.macs:,}", f"{stage.cumulative_macs:,}", f"{share:.0%}")
+        table.add_row(str(number), *costs, f"{untuned:.1%}", f"{tuned:.1%}")
+    (accuracy,) = stage_accuracies(static)
+    table.add_section()
+    macs, right = f"{cost.original_macs:,}", f"{accuracy:.1%}"
+    table.add_row("original", macs, macs, "100%", right, right)
+    return table
+
+
+# The commands
+
+
+@app.command
+def train(*, output: Annotated[Path, cyclopts.Parameter(alias="-o")] = Path("model.pt")) -> None:
+    """Train the static network and save its state dict."""
+    torch.manual_seed(SEED)
+    model, start = build(), time.perf_counter()
+    fit(model, F.cross_entropy, learning_rate=1e-2)
+    (accuracy,) = stage_accuracies(model)
+    torch.save(model.state_dict(), output)
+    seconds = time.perf_counter() - start
+    console.print(f"{output}: {accuracy:.1%} of held-out digits right, after {seconds:.0f} s")
+
+
+@app.command
+def finetune(
+    dyn: Path, /, *, output: Annotated[Path, cyclopts.Parameter(alias="-o")] = Path("dyn-tuned.pt")
+) -> None:
+    """Train all stages of a compiled network together and save it."""
+    torch.manual_seed(SEED)
+    model, start = s2d_compiler.load(dyn), time.perf_counter()
+    fit(model, joint_loss, learning_rate=5e-3)
+    model.save(output)
+    accuracies = ", ".join(f"{accuracy:.1%}" for accuracy in stage_accuracies(model))
+    seconds = time.perf_counter() - start
+    console.print(f"{output}: stages get {accuracies} right, after {seconds:.0f} s")
+
+
+@app.command(name="eval")
+def evaluate(model: Path, before: Path, after: Path, /) -> None:
+    """Print the stage table: costs, and accuracies before and after fine-tuning."""
+    static = build()
+    static.load_state_dict(torch.load(model, weights_only=True))
+    console.print(comparison(static, s2d_compiler.load(before), s2d_compiler.load(after)))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # at this size more threads would mostly wait for each other
+    app()
