@@ -67,7 +67,7 @@ class _Global:
     name: str
 
 
-def resolve(names: Iterable[str]) -> list[tuple[Callable[..., object] | type, str]]:
+def resolve(names: Iterable[str]) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Find the classes that a pickle wants beyond torch's own list.
 
     Only modules under `PREFIXES` are imported, and only classes that are layers and are defined
@@ -102,17 +102,18 @@ def _find(name: str) -> Any:
         try:
             found = vars(importlib.import_module(module_name))[attribute]
         except (ImportError, KeyError) as error:
-            raise RefusedError(_explain_missing(name, error)) from error
+            raise RefusedError(_explain_missing(name)) from error
     if name not in EXTRAS and not _is_layer(found):
         raise RefusedError(f"reading it would use {name}, which is no class of a layer")
     return found
 
 
-def _explain_missing(name: str, error: Exception) -> str:
+def _explain_missing(name: str) -> str:
     package = name.partition(".")[0]
-    if isinstance(error, ModuleNotFoundError) and error.name == package:
+    try:
+        version = getattr(importlib.import_module(package), "__version__", "")
+    except ImportError:
         return f"it holds {name}, and {package} is not installed (pip install {package})"
-    version = getattr(importlib.import_module(package), "__version__", "")
     return (
         f"it holds {name}, which the installed {package} {version} does not have "
         f"(another version of {package} wrote it)"
@@ -210,7 +211,7 @@ class _Machine:
             count = _CALLABLE_EXTRAS.get(name, -1)
             given = len(arguments) if isinstance(arguments, tuple) else -2
             if count is not None and count != given:
-                raise RefusedError(f"its pickle calls {name}, which no saved model does")
+                raise RefusedError(f"its pickle calls {name}, which saving a model never writes")
 
     def _check_rebuild(self, arguments: object) -> None:
         """torch calls the first argument, so it has to be one of its own tensor builders."""
@@ -222,7 +223,9 @@ class _Machine:
         if not isinstance(created, _Global):
             raise RefusedError("its pickle makes an instance of something that it computed itself")
         if created.name in self.listed and arguments != ():
-            raise RefusedError(f"its pickle makes a {created.name} as no saved model does")
+            raise RefusedError(
+                f"its pickle makes a {created.name} with arguments, which saving never writes"
+            )
 
 
 _MEMO_PUT = {"BINPUT", "LONG_BINPUT"}

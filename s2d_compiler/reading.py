@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from s2d_compiler.errors import ModelFileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from io import BufferedReader
 
 __all__ = ["describe_origin", "read_model"]
 
@@ -107,7 +108,7 @@ def _fail(place: object, problem: str, error: BaseException | None = None) -> No
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
+def _open(path: Path) -> Iterator[BufferedReader]:
     try:
         if path.is_dir():
             _fail(path, "this is a folder; name the model's file")
@@ -125,7 +126,7 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
 # What kind of file it is
 
 
-def _read_content(path: Path, file: IO[bytes], trust: bool) -> Any:
+def _read_content(path: Path, file: BufferedReader, trust: bool) -> Any:
     start = file.read(512)
     file.seek(0)
     if not start:
@@ -165,7 +166,7 @@ def _guess(path: Path, start: bytes) -> str:
     return "this is no model file that torch reads"
 
 
-def _zip_kind(path: Path, file: IO[bytes]) -> str:
+def _zip_kind(path: Path, file: BufferedReader) -> str:
     """Refuse archives that are no models, or that unpack to more than they weigh."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -193,13 +194,13 @@ def _zip_kind(path: Path, file: IO[bytes]) -> str:
 # Reading each kind
 
 
-def _read_zip(path: Path, file: IO[bytes]) -> Any:
+def _read_zip(path: Path, file: BufferedReader) -> Any:
     """Read what torch.save wrote, with nothing but the allowance."""
     try:
         listed = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        allowed = allowance.resolve(listed)
         file.seek(0)
         allowance.check_calls(torch._C.PyTorchFileReader(file).get_record("data.pkl"), listed)
-        allowed = allowance.resolve(listed)
     except allowance.RefusedError as error:
         _fail(path, f"refused: {error}; {_REMEDY}", error)
     except Exception as error:
@@ -209,12 +210,12 @@ def _read_zip(path: Path, file: IO[bytes]) -> Any:
         return _load_weights_only(path, file)
 
 
-def _read_legacy(path: Path, file: IO[bytes]) -> Any:
+def _read_legacy(path: Path, file: BufferedReader) -> Any:
     """Read the format before torch 1.6: tensors, and no classes."""
     return _load_weights_only(path, file)
 
 
-def _load_weights_only(path: Path, file: IO[bytes]) -> Any:
+def _load_weights_only(path: Path, file: BufferedReader) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -245,7 +246,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _read_trusted(path: Path, file: IO[bytes]) -> Any:
+def _read_trusted(path: Path, file: BufferedReader) -> Any:
     try:
         with architecture.importing_from_here(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
