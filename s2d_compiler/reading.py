@@ -212,7 +212,14 @@ def _read_zip(path: Path, file: BufferedReader) -> Any:
 
 def _read_legacy(path: Path, file: BufferedReader) -> Any:
     """Read the format before torch 1.6: tensors, and no classes."""
-    return _load_weights_only(path, file)
+    try:
+        return _load_weights_only(path, file)
+    except ModelFileError as error:
+        if "refused: " not in str(error):
+            raise
+        raise ModelFileError(
+            f"{error}; a whole model in this old format can also be saved again by a newer torch"
+        ) from error
 
 
 def _load_weights_only(path: Path, file: BufferedReader) -> Any:

@@ -1,0 +1,300 @@
+"""``dyn.pt``: a staged network as data.
+
+One ``torch.save`` of plain containers and tensors, read with torch's weights-only loader:
+
+- ``format``, ``version``: what the file is;
+- ``stages``: per stage its graph (operators by name), which modules and tensors it uses;
+- ``modules``: class, arguments and tensors of every module, once;
+- ``tensors``: every tensor once, with whether it is a parameter;
+- ``provenance``: where each came from; ``owners``: the stage of every atom;
+- ``plan``, ``cost``, ``report``, ``interfaces``, ``made_by``...: plain data.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+
+from s2d_compiler.analysis.cost import Cost
+from s2d_compiler.dynamic import DynamicModel, DynamicParts, Interface
+from s2d_compiler.errors import FormatError, S2DError
+from s2d_compiler.graph_codec import decode_graph, decode_module, encode_graph, encode_module
+from s2d_compiler.output import atomic_write
+from s2d_compiler.plan import Plan
+from s2d_compiler.program import attribute
+from s2d_compiler.provenance import Slice
+from s2d_compiler.report import Report
+
+FORMAT = "s2d-compiler dynamic network"
+VERSION = 1
+
+
+# -- writing -------------------------------------------------------------------------------------
+
+
+def save(dyn: DynamicModel, path: str | os.PathLike[str]) -> None:
+    """Write a staged network.
+
+    Raises:
+        FormatError: It holds something that a file cannot (code, foreign modules).
+        OutputError: The file cannot be written.
+    """
+    data = to_data(dyn)
+    atomic_write(path, lambda stream: torch.save(data, stream))
+
+
+def to_data(dyn: DynamicModel) -> dict[str, Any]:
+    """A staged network as plain containers and tensors."""
+    tables = _Tables()
+    stages = [tables.stage(stage, number) for number, stage in enumerate(dyn.stages, start=1)]
+    parts = dyn.parts
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "made_by": dict(parts.made_by),
+        "plan": parts.plan.to_dict(),
+        "cost": parts.cost.to_dict(),
+        "report": parts.report.to_dict(),
+        "interfaces": [{"inputs": [list(i) for i in f.inputs], "features": f.features} for f in parts.interfaces],
+        "owners": torch.tensor(parts.owners, dtype=torch.int16),
+        "input_shapes": [list(shape) for shape in parts.input_shapes],
+        "batch": parts.batch,
+        "output_spec": None if parts.output_spec is None else _dump_spec(parts.output_spec),
+        "provenance": _encode_provenance(parts.provenance),
+        "stages": stages,
+        "modules": tables.modules,
+        "tensors": tables.tensors,
+    }
+
+
+@dataclass
+class _Tables:
+    """Modules and tensors, each once however many stages use it."""
+
+    modules: list[dict[str, Any]] = field(default_factory=list)
+    tensors: list[dict[str, Any]] = field(default_factory=list)
+    module_ids: dict[int, int] = field(default_factory=dict)
+    tensor_ids: dict[int, int] = field(default_factory=dict)
+
+    def stage(self, stage: nn.Module, number: int) -> dict[str, Any]:
+        assert isinstance(stage, fx.GraphModule)
+        place = f"stage {number}"
+        modules: dict[str, int] = {}
+        attributes: dict[str, Any] = {}
+        for node in stage.graph.nodes:
+            target = str(node.target)
+            if node.op == "call_module":
+                modules[target] = self._module(stage.get_submodule(target), f"{place}, {target}")
+            elif node.op == "get_attr":
+                container, _, name = target.rpartition(".")
+                unsaved = name in stage.get_submodule(container)._non_persistent_buffers_set
+                attributes[target] = {"tensor": self._tensor(attribute(stage, target)), "saved": not unsaved}
+        return {"graph": encode_graph(stage.graph, place), "modules": modules, "attributes": attributes}
+
+    def _module(self, module: nn.Module, place: str) -> int:
+        if id(module) not in self.module_ids:
+            row = encode_module(module, place)
+            row["tensors"] = {
+                key: {"tensor": self._tensor(value), "saved": key not in module._non_persistent_buffers_set}
+                for key, value in [*module._parameters.items(), *module._buffers.items()]
+                if value is not None
+            }
+            row["training"] = module.training
+            self.module_ids[id(module)] = len(self.modules)
+            self.modules.append(row)
+        return self.module_ids[id(module)]
+
+    def _tensor(self, tensor: torch.Tensor) -> int:
+        if id(tensor) not in self.tensor_ids:
+            self.tensor_ids[id(tensor)] = len(self.tensors)
+            kept = tensor.detach()
+            if kept.untyped_storage().nbytes() != kept.numel() * kept.element_size():
+                kept = kept.clone()
+            self.tensors.append(
+                {
+                    "data": kept,
+                    "parameter": isinstance(tensor, nn.Parameter),
+                    "requires_grad": bool(tensor.requires_grad),
+                }
+            )
+        return self.tensor_ids[id(tensor)]
+
+
+def _dump_spec(spec: Any) -> str:
+    try:
+        return pytree.treespec_dumps(spec)
+    except NotImplementedError as error:
+        raise FormatError(
+            f"the network returns a structure that a dyn.pt cannot describe: {error}. "
+            "Return a tensor, or tuples, lists and dicts of tensors."
+        ) from error
+
+
+def _encode_provenance(provenance: Mapping[str, Slice]) -> dict[str, Any]:
+    indices: dict[tuple[int, ...], int] = {}
+    rows = {
+        key: [where.source, [None if p is None else indices.setdefault(p, len(indices)) for p in where.index]]
+        for key, where in provenance.items()
+    }
+    return {"indices": [torch.tensor(i, dtype=torch.int32) for i in indices], "slices": rows}
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> DynamicModel:
+    """Read a staged network that ``DynamicModel.save`` wrote. No code in the file is run.
+
+    Args:
+        path: The file.
+        map_location: Device for the tensors.
+
+    Raises:
+        FormatError: The file is damaged, newer, or something else.
+    """
+    name = os.fspath(path)
+    try:
+        data = torch.load(name, map_location=map_location, weights_only=True)
+    except FileNotFoundError as error:
+        raise FormatError(f"{name}: no such file; compile one with s2d-compile MODEL --splits PLAN -o {name}.") from error
+    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError, OSError, KeyError) as error:
+        raise FormatError(f"{name} is not a dyn.pt that can be read ({_sentence(error)}).") from error
+    return from_data(data, name)
+
+
+def from_data(data: Any, name: str) -> DynamicModel:
+    """The staged network that ``to_data`` described.
+
+    Raises:
+        FormatError: The data is none.
+    """
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise FormatError(f"{name} is not a dyn.pt; it may be a model, which s2d-compile turns into one.")
+    version = data.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise FormatError(
+            f"{name} has format {version!r}, this package reads up to {VERSION}; upgrade s2d-compiler."
+        )
+    try:
+        return _network(data)
+    except S2DError as error:
+        raise FormatError(f"{name}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError, RuntimeError) as error:
+        raise FormatError(f"{name} is damaged ({type(error).__name__}: {_sentence(error)}).") from error
+
+
+def _sentence(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")[:200]
+
+
+def _network(data: Mapping[str, Any]) -> DynamicModel:
+    tensors = [_tensor(row) for row in data["tensors"]]
+    modules = [_module(row, tensors, f"module {i}") for i, row in enumerate(data["modules"])]
+    stages = [
+        _stage(row, modules, tensors, number) for number, row in enumerate(data["stages"], start=1)
+    ]
+    spec = data["output_spec"]
+    parts = DynamicParts(
+        plan=Plan.from_dict(data["plan"]),
+        cost=Cost.from_dict(data["cost"]),
+        report=Report.from_dict(data["report"]),
+        provenance=_decode_provenance(data["provenance"]),
+        interfaces=tuple(
+            Interface(tuple(tuple(i) for i in row["inputs"]), int(row["features"])) for row in data["interfaces"]
+        ),
+        owners=tuple(data["owners"].tolist()),
+        input_shapes=tuple(tuple(int(n) for n in shape) for shape in data["input_shapes"]),
+        batch=None if data["batch"] is None else int(data["batch"]),
+        output_spec=None if spec is None else pytree.treespec_loads(spec),
+        made_by=dict(data["made_by"]),
+    )
+    if not len(stages) == len(parts.interfaces) == parts.plan.stages:
+        raise FormatError(f"{len(stages)} stages, but the plan has {parts.plan.stages}; the file is damaged.")
+    dyn = DynamicModel(stages, parts)
+    dyn.training = any(m.training for m in modules)
+    return dyn
+
+
+def _tensor(row: Mapping[str, Any]) -> torch.Tensor:
+    data = row["data"]
+    if not isinstance(data, torch.Tensor):
+        raise FormatError("a tensor is no tensor; the file is damaged.")
+    return nn.Parameter(data, requires_grad=bool(row["requires_grad"])) if row["parameter"] else data
+
+
+def _module(row: Mapping[str, Any], tensors: list[torch.Tensor], place: str) -> nn.Module:
+    module = decode_module({k: row[k] for k in ("class", "arguments")}, place)
+    wanted = {k for k, v in [*module._parameters.items(), *module._buffers.items()] if v is not None}
+    if set(row["tensors"]) != wanted:
+        raise FormatError(f"{place} ({row['class']}) has not the tensors {', '.join(sorted(wanted))}.")
+    for key, where in row["tensors"].items():
+        tensor, slot = tensors[where["tensor"]], module._parameters.get(key, module._buffers.get(key))
+        assert slot is not None
+        if tensor.shape != slot.shape:
+            raise FormatError(f"{place} ({row['class']}): {key} is {tuple(tensor.shape)}, not {tuple(slot.shape)}.")
+        if key in module._parameters:
+            if not isinstance(tensor, nn.Parameter):
+                raise FormatError(f"{place}: {key} is no parameter.")
+            module._parameters[key] = tensor
+        else:
+            module._buffers[key] = tensor
+            if not where["saved"]:
+                module._non_persistent_buffers_set.add(key)
+    return module.train(bool(row["training"]))
+
+
+def _stage(row: Mapping[str, Any], modules: list[nn.Module], tensors: list[torch.Tensor], number: int) -> fx.GraphModule:
+    place = f"stage {number}"
+    graph = decode_graph(row["graph"], place)
+    root = nn.Module()
+    for target, index in row["modules"].items():
+        _assign(root, target, modules[index], True, place)
+    for target, where in row["attributes"].items():
+        _assign(root, target, tensors[where["tensor"]], bool(where["saved"]), place)
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target not in row["modules"]:
+            raise FormatError(f"{place}: node {node.name!r} calls {node.target!r}, which the file does not hold.")
+        if node.op == "get_attr" and node.target not in row["attributes"]:
+            raise FormatError(f"{place}: node {node.name!r} reads {node.target!r}, which the file does not hold.")
+    graph.lint()
+    result = fx.GraphModule(root, graph, class_name=f"Stage{number}")
+    for path, module in root.named_modules():
+        if type(module) is nn.Module:
+            result.get_submodule(path)._non_persistent_buffers_set |= module._non_persistent_buffers_set
+    result.training = any(m.training for m in result.children())
+    return result
+
+
+def _assign(root: nn.Module, target: str, value: Any, saved: bool, place: str) -> None:
+    *containers, last = str(target).split(".")
+    module = root
+    for part in containers:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        child = module._modules[part]
+        if child is None or type(child) is not nn.Module:
+            raise FormatError(f"{place}: {target!r} lies inside another module.")
+        module = child
+    if isinstance(value, nn.Module):
+        module.add_module(last, value)
+    elif isinstance(value, nn.Parameter):
+        module.register_parameter(last, value)
+    else:
+        module.register_buffer(last, value, persistent=saved)
+
+
+def _decode_provenance(data: Mapping[str, Any]) -> dict[str, Slice]:
+    indices = [tuple(t.tolist()) for t in data["indices"]]
+    return {
+        str(key): Slice(str(source), tuple(None if i is None else indices[i] for i in index))
+        for key, (source, index) in data["slices"].items()
+    }

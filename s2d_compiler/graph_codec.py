@@ -1,0 +1,262 @@
+"""torch.fx graphs as plain data, and back.
+
+Operators are stored by name, modules by class name and arguments. Both come from fixed
+lists: nothing that a file names is looked up anywhere else.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from s2d_compiler.errors import FormatError
+
+_MODULES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {}
+_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+_BATCH_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+for _rank in (1, 2, 3):
+    _MODULES[f"Conv{_rank}d"] = (getattr(nn, f"Conv{_rank}d"), _CONVOLUTION)
+    _MODULES[f"ConvTranspose{_rank}d"] = (
+        getattr(nn, f"ConvTranspose{_rank}d"),
+        (*_CONVOLUTION, "output_padding"),
+    )
+    _MODULES[f"BatchNorm{_rank}d"] = (getattr(nn, f"BatchNorm{_rank}d"), _BATCH_NORM)
+    _MODULES[f"InstanceNorm{_rank}d"] = (getattr(nn, f"InstanceNorm{_rank}d"), _BATCH_NORM)
+_MODULES |= {
+    "Linear": (nn.Linear, ("in_features", "out_features")),
+    "GroupNorm": (nn.GroupNorm, ("num_groups", "num_channels", "eps", "affine")),
+    "LayerNorm": (nn.LayerNorm, ("normalized_shape", "eps", "elementwise_affine")),
+    "PReLU": (nn.PReLU, ("num_parameters",)),
+    "Dropout": (nn.Dropout, ("p",)),
+    "Dropout2d": (nn.Dropout2d, ("p",)),
+    "AlphaDropout": (nn.AlphaDropout, ("p",)),
+}
+_WITH_BIAS = ("Conv", "Linear", "LayerNorm")
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "getitem": operator.getitem,
+    **{f"operator.{n}": getattr(operator, n) for n in ("add", "sub", "mul", "floordiv", "mod", "neg", "truediv")},
+    "operator.pow": operator.pow,
+    **{n: getattr(torch, n) for n in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite")},
+    "builtins.int": builtins.int,
+}
+_FUNCTION_NAMES = {v: k for k, v in _FUNCTIONS.items()}
+#: Operators that read files or memory of their own choosing.
+_FORBIDDEN = ("from_file", "set_", "_cuda", "record_stream", "resize", "data_ptr", "as_strided")
+_DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+_FORMATS = {
+    str(v).removeprefix("torch."): v
+    for v in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d, torch.preserve_format)
+}
+_SMALL = (str, int, float, bool, type(None))
+
+
+# -- operators -----------------------------------------------------------------------------------
+
+
+def operator_to_name(target: Any, place: str) -> str:
+    """The name of an operator.
+
+    Raises:
+        FormatError: It is not one that a file may hold.
+    """
+    if isinstance(target, torch._ops.OpOverload):
+        name = f"{target.namespace}.{target._opname}.{target._overloadname}"
+        operator_from_name(name, place)
+        return name
+    if target in _FUNCTION_NAMES:
+        return _FUNCTION_NAMES[target]
+    raise FormatError(
+        f"{place}: {getattr(target, '__name__', target)!r} is a Python function, which a dyn.pt cannot "
+        "hold (it holds data, no code); express the node with ATen operators."
+    )
+
+
+def operator_from_name(name: str, place: str) -> Any:
+    """The operator of a name.
+
+    Raises:
+        FormatError: There is none, or it is not one that a file may hold.
+    """
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name]
+    parts = name.split(".")
+    if len(parts) != 3 or parts[0] not in ("aten", "torchvision") or not all(p.isidentifier() for p in parts):
+        raise FormatError(f"{place}: {name!r} is not an operator that a dyn.pt may hold (aten and torchvision only).")
+    packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
+    target = getattr(packet, parts[2], None) if packet is not None else None
+    if not isinstance(target, torch._ops.OpOverload):
+        raise FormatError(f"{place}: operator {name!r} does not exist in torch {torch.__version__}.")
+    if target._schema.is_mutable or any(parts[1].startswith(f) for f in _FORBIDDEN):
+        raise FormatError(f"{place}: operator {name!r} is not one that a dyn.pt may hold (it is not pure).")
+    return target
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+def encode(value: Any, place: str) -> Any:
+    """Plain data for an argument of a node."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, list | tuple):
+        return {"list" if isinstance(value, list) else "tuple": [encode(v, place) for v in value]}
+    if isinstance(value, _SMALL):
+        return value
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if isinstance(value, torch.memory_format):
+        return {"memory_format": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.layout):
+        return {"layout": str(value).removeprefix("torch.")}
+    if isinstance(value, slice):
+        return {"slice": [encode(v, place) for v in (value.start, value.stop, value.step)]}
+    raise FormatError(f"{place}: an argument of type {type(value).__name__} cannot be stored in a dyn.pt.")
+
+
+def decode(value: Any, nodes: Mapping[str, fx.Node], place: str) -> Any:
+    """The argument that ``encode`` stored.
+
+    Raises:
+        FormatError: It is no such data.
+    """
+    if isinstance(value, _SMALL):
+        return value
+    if not isinstance(value, dict) or len(value) != 1:
+        raise FormatError(f"{place}: {value!r} is not an argument; the file is damaged.")
+    ((kind, content),) = value.items()
+    if kind in ("list", "tuple", "slice") and isinstance(content, list):
+        items = [decode(v, nodes, place) for v in content]
+        return items if kind == "list" else tuple(items) if kind == "tuple" else slice(*items)
+    if kind == "node" and content in nodes:
+        return nodes[content]
+    if kind == "dtype" and content in _DTYPES:
+        return _DTYPES[content]
+    if kind == "memory_format" and content in _FORMATS:
+        return _FORMATS[content]
+    if kind == "layout" and content == "strided":
+        return torch.strided
+    if kind == "device" and isinstance(content, str):
+        try:
+            return torch.device(content)
+        except RuntimeError as error:
+            raise FormatError(f"{place}: {content!r} is not a device.") from error
+    raise FormatError(f"{place}: {str(value)[:80]} is not an argument, or names a node that comes later.")
+
+
+# -- graphs ----------------------------------------------------------------------------------------
+
+
+def encode_graph(graph: fx.Graph, place: str) -> list[dict[str, Any]]:
+    """Nodes in order, as plain data."""
+    rows: list[dict[str, Any]] = []
+    for node in graph.nodes:
+        at = f"{place}, node {node.name!r}"
+        target = operator_to_name(node.target, at) if node.op == "call_function" else str(node.target)
+        row = {"name": node.name, "op": node.op, "target": target, "args": encode(node.args, at)}
+        if node.kwargs:
+            row["kwargs"] = {k: encode(v, at) for k, v in node.kwargs.items()}
+        kept = {k: node.meta[k] for k in ("origin", "path", "kind", "macs") if isinstance(node.meta.get(k), str | int)}
+        if kept:
+            row["meta"] = kept
+        rows.append(row)
+    return rows
+
+
+_OPERATIONS = ("placeholder", "get_attr", "call_module", "call_function", "output")
+
+
+def decode_graph(rows: Any, place: str) -> fx.Graph:
+    """The graph that ``encode_graph`` stored.
+
+    Raises:
+        FormatError: The rows are no graph.
+    """
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for row in _list(rows, place):
+        name, kind = _string(row, "name", place), _string(row, "op", place)
+        at = f"{place}, node {name!r}"
+        if kind not in _OPERATIONS:
+            raise FormatError(f"{at}: {kind!r} is no kind of node.")
+        target: Any = _string(row, "target", at)
+        if not name.isidentifier() or (kind == "placeholder" and not target.isidentifier()):
+            raise FormatError(f"{at}: the name is not an identifier.")
+        if kind == "call_function":
+            target = operator_from_name(target, at)
+        args = decode(row.get("args"), nodes, at)
+        kwargs = {str(k): decode(v, nodes, at) for k, v in dict(row.get("kwargs", {})).items()}
+        if not isinstance(args, tuple) or name in nodes:
+            raise FormatError(f"{at}: its arguments are no tuple, or its name is taken.")
+        created = graph.create_node(kind, target, args, kwargs, name=name)
+        created.meta = {k: v for k, v in dict(row.get("meta", {})).items() if isinstance(v, str | int)}
+        nodes[name] = created
+    return graph
+
+
+def _list(value: Any, place: str) -> list[Any]:
+    if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
+        raise FormatError(f"{place}: no list of nodes; the file is damaged.")
+    return value
+
+
+def _string(row: Mapping[str, Any], key: str, place: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise FormatError(f"{place}: {key!r} is {value!r}, not text; the file is damaged.")
+    return value
+
+
+# -- modules ----------------------------------------------------------------------------------------
+
+
+def encode_module(module: nn.Module, place: str) -> dict[str, Any]:
+    """Class name and arguments of a module.
+
+    Raises:
+        FormatError: Its class is not one that a file may hold.
+    """
+    name = type(module).__name__
+    if name not in _MODULES or type(module) is not _MODULES[name][0]:
+        raise FormatError(
+            f"{place}: modules of class {type(module).__module__}.{name} cannot be stored in a dyn.pt, "
+            f"which holds {', '.join(sorted(_MODULES))}."
+        )
+    arguments: dict[str, Any] = {}
+    for key in _MODULES[name][1]:
+        value = getattr(module, key)
+        arguments[key] = list(value) if isinstance(value, tuple) else value
+    if name.startswith(_WITH_BIAS):
+        arguments["bias"] = getattr(module, "bias", None) is not None
+    return {"class": name, "arguments": arguments}
+
+
+def decode_module(row: Any, place: str) -> nn.Module:
+    """The module that ``encode_module`` stored, on the meta device.
+
+    Raises:
+        FormatError: The row is no module.
+    """
+    if not isinstance(row, dict) or row.get("class") not in _MODULES:
+        raise FormatError(f"{place}: {str(row)[:80]} is not a module that a dyn.pt may hold.")
+    kind, keys = _MODULES[row["class"]]
+    arguments = row.get("arguments")
+    allowed = {*keys, "bias"} if row["class"].startswith(_WITH_BIAS) else set(keys)
+    if not isinstance(arguments, dict) or set(arguments) != allowed:
+        raise FormatError(f"{place}: {row['class']} has not the arguments {', '.join(sorted(allowed))}.")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    if not all(isinstance(v, (*_SMALL, tuple)) for v in values.values()):
+        raise FormatError(f"{place}: {row['class']} has an argument that is neither a number nor text.")
+    if kind is not nn.Dropout and not row["class"].endswith("Dropout") and kind is not nn.Dropout2d:
+        values["device"] = "meta"
+    try:
+        return kind(**values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FormatError(f"{place}: {row['class']} cannot be made: {error}.") from error
