@@ -550,7 +550,7 @@ def not_models(folder: Path) -> dict[str, str]:
         "numbers.pt": 'it holds a dictionary ("epoch", "lr"), neither a network',
         "tensor.pt": "it holds an object of type Tensor",
         "meta.pt": "0.weight has no numbers (it is on the meta device)",
-        "old.pt": "refused: reading it would use torch.nn.modules",
+        "old.pt": "in this old format can also be saved again by a newer torch",
         "missing.pt": "there is no such file; check the path",
         "nul\0.pt": "cannot be read",
         ".": "this is a folder",
