@@ -70,8 +70,9 @@ def check(dyn: DynamicModel, assignment: StageAssignment, *, seed: int = 0, batc
             break
     else:
         log.warning("the check is inconclusive: with random weights the outputs hardly depend on the input")
-    for stage, error in enumerate(proof.errors, start=1):
-        if not error <= TOLERANCE:
+    for stage, (error, spread) in enumerate(zip(proof.errors, proof.spreads, strict=True), start=1):
+        relative = error * spread if spread < VACUOUS else error
+        if not relative <= TOLERANCE:
             raise CheckError(
                 f"stage {stage} differs from the masked form by {error:.2e} of the output's spread "
                 f"(limit {TOLERANCE:.0e}): the result is not what the plan says, a defect of the compiler."
@@ -134,6 +135,7 @@ def compare(found: Iterable[Any], expected: Iterable[Any]) -> tuple[float, float
         error = float((got - want).abs().max()) if want.numel() else 0.0
         if error != error or not torch.isfinite(want).all():
             return float("inf"), 1.0
+        spread = max(spread, 1e-15 * size)
         worst = max(worst, error / spread if spread else (0.0 if error == 0 else float("inf")))
         narrowest = min(narrowest, spread / size if size else 0.0)
     return worst, narrowest if narrowest != float("inf") else 1.0

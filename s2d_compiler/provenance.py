@@ -23,6 +23,13 @@ class Slice:
     source: str
     index: tuple[Positions, ...]
 
+    def shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        """Shape of the slice."""
+        return tuple(
+            size if positions is None else len(positions)
+            for size, positions in zip(tensor.shape, self.index, strict=True)
+        )
+
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of the slice of the original's tensor."""
         result = tensor

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from torch import fx
 
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.analysis.channels import UnknownUse
 from s2d_compiler.analysis.cost import static_macs
 from s2d_compiler.program import Dropped, operator_name, path_of
+from s2d_compiler.rules.layers import is_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,8 @@ class LayerReport:
 
     Attributes:
         layer: Module path.
-        status: ``cut`` (every stage owns output channels), ``prediction``, or ``whole``.
+        status: ``cut`` (every stage owns output channels), ``prediction``, ``shared`` (a weight
+            without a channel axis, one for all stages), or ``whole``.
         reason: Why it is whole, else empty.
         resolution: Resolution of its input.
         macs: MACs per sample in the original.
@@ -57,6 +60,8 @@ class Report:
         notes: Sentences about the capture.
         cut_share: Share of the original's MACs in cut layers, prediction layers included.
         nodes: Number of nodes in the captured program.
+        stage_one: Where stage 1 costs more than 0.35 of the original: kind of layer, MACs.
+        original_macs: MACs per sample of the original.
     """
 
     layers: tuple[LayerReport, ...]
@@ -66,6 +71,8 @@ class Report:
     notes: tuple[str, ...]
     cut_share: float
     nodes: int
+    stage_one: tuple[tuple[str, int], ...] = ()
+    original_macs: int = 0
 
     @property
     def whole(self) -> tuple[LayerReport, ...]:
@@ -87,6 +94,8 @@ class Report:
             notes=tuple(data["notes"]),
             cut_share=float(data["cut_share"]),
             nodes=int(data["nodes"]),
+            stage_one=tuple((str(k), int(m)) for k, m in data["stage_one"]),
+            original_macs=int(data["original_macs"]),
         )
 
     def __str__(self) -> str:
@@ -95,6 +104,10 @@ class Report:
         heads = [r.layer for r in self.layers if r.status == "prediction"]
         text.write(f"{cut} of {len(self.layers)} layers cut, {self.cut_share:.1%} of the MACs in cut layers\n")
         text.write(f"exit heads from: {', '.join(heads) if heads else 'none (the output is the features)'}\n")
+        if self.stage_one and self.original_macs:
+            share = sum(m for _, m in self.stage_one) / self.original_macs
+            rows = [f"{m / self.original_macs:.3f} {kind}" for kind, m in self.stage_one]
+            _section(text, f"stage 1 costs {share:.3f} of the original", rows)
         _section(text, "left whole", [f"{r.layer}: {r.reason} ({r.macs:,} MACs)" for r in self.whole])
         _section(text, "coupled, run once per stage", [f"{c.operator} in {c.path!r}" for c in self.coupled])
         _section(
@@ -125,7 +138,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def report_of(assignment: StageAssignment) -> Report:
+def report_of(assignment: StageAssignment, first_stage: fx.GraphModule | None = None) -> Report:
     """What the plan does to every layer of the program."""
     program, channels = assignment.program, assignment.channels
     rows: list[LayerReport] = []
@@ -137,7 +150,8 @@ def report_of(assignment: StageAssignment) -> Report:
             continue
         if name is None:
             reason = reasons.get(node.name, "it has no channels of its own")
-            rows.append(LayerReport(path_of(node) or operator_name(node), "whole", reason, "", macs, ()))
+            status = "whole" if node.name in reasons or not is_layer(node) else "shared"
+            rows.append(LayerReport(path_of(node) or operator_name(node), status, reason, "", macs, ()))
             continue
         layer = channels.layers[name]
         status, reason, owned = _status(assignment, node.name, name)
@@ -154,6 +168,8 @@ def report_of(assignment: StageAssignment) -> Report:
         notes=program.notes,
         cut_share=cut / total if total else 1.0,
         nodes=len(program.by_name),
+        stage_one=() if first_stage is None else stage_one_costs(assignment, first_stage, total),
+        original_macs=total,
     )
 
 
@@ -166,7 +182,40 @@ def _status(assignment: StageAssignment, node: str, name: str) -> tuple[str, str
     owned = tuple(int((owners == stage).sum()) for stage in range(1, assignment.thin_stages + 1))
     if all(owned):
         return "cut", "", owned
+    empty = ", ".join(str(i) for i, count in enumerate(owned, start=1) if not count)
+    pinned = {a for family in channels.families for a in family.atoms[: family.pinned]}
+    if pinned.issuperset(rows.tolist()):
+        return "whole", "its output gates channels of others, so it belongs to stage 1", owned
     atoms = len(np.unique(rows))
-    empty = [str(i) for i, count in enumerate(owned, start=1) if not count]
-    reason = f"its {len(rows)} channels are {atoms} that can be told apart; stage {', '.join(empty)} owns none"
+    reason = f"its {len(rows)} channels move as {atoms} (tied by the operators between layers), so stage {empty} owns none"
     return "whole", reason, owned
+
+
+#: Share of the original above which a report says what stage 1 pays for.
+STAGE_ONE_LIMIT = 0.35
+
+
+def stage_one_costs(assignment: StageAssignment, stage: fx.GraphModule, original: int) -> tuple[tuple[str, int], ...]:
+    """MACs of stage 1 by what keeps them from falling with the square of its channels."""
+    program, channels = assignment.program, assignment.channels
+    unknown = {u.node for u in channels.unknown}
+    costs: dict[str, int] = {}
+    for node in stage.graph.nodes:
+        macs = int(node.meta.get("macs", 0))
+        origin = program.by_name.get(str(node.meta.get("origin", "")))
+        if not macs or origin is None:
+            continue
+        kind = "dense layers"
+        layer = channels.layers.get(channels.layer_of.get(origin.name, ""))
+        if origin.name in channels.predictions:
+            kind = "exit heads, whose rows stay whole"
+        elif origin.name in unknown or layer is None:
+            kind = "operators at full size"
+        elif int(getattr(program.module(origin), "groups", 1)) > 1:
+            kind = "grouped and depthwise layers, which fall with their channels only"
+        elif all((c < 0).all() for c in layer.columns):
+            kind = "layers that read the input itself, whose columns stay whole"
+        costs[kind] = costs.get(kind, 0) + macs
+    if original and sum(costs.values()) <= STAGE_ONE_LIMIT * original:
+        return ()
+    return tuple(sorted(costs.items(), key=lambda item: -item[1]))

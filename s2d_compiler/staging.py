@@ -41,6 +41,11 @@ from s2d_compiler.thin import head_module, place_slices, thin_layer_module, thin
 
 aten = torch.ops.aten
 
+#: Views hold for the static program's memory layout only.
+_VIEWS: dict[Any, Any] = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+}
 PART, VERSION, NOBODYS = "part", "version", "nobody"
 SHARED = "shared"
 
@@ -471,7 +476,7 @@ class StageBuilder:
         """The static node's operator, applied to staged operands."""
         if node.op == "call_module":
             return self._weightless(node, args, stage)
-        return self.call(node.target, tuple(args), node, stage, kwargs)
+        return self.call(_VIEWS.get(node.target, node.target), tuple(args), node, stage, kwargs)
 
     def call(
         self, target: Any, args: tuple[Any, ...], like: fx.Node, stage: int, kwargs: dict[str, Any] | None = None

@@ -158,8 +158,8 @@ def place_slices(
     if like is not None:
         graph_module.add_submodule(candidate, meta_copy(like))
     else:
-        tensor, _ = slices[""]
-        _assign_tensor(graph_module, candidate, tensor, persistent=persistent)
+        tensor, where = slices[""]
+        _assign_tensor(graph_module, candidate, where.shape(tensor), tensor, persistent=persistent)
     table.update(entries)
     return candidate
 
@@ -200,14 +200,16 @@ def meta_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _assign_tensor(root: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool) -> None:
+def _assign_tensor(
+    root: nn.Module, name: str, sizes: tuple[int, ...], tensor: torch.Tensor, *, persistent: bool
+) -> None:
     *containers, last = name.split(".")
     module = root
     for part in containers:
         if not hasattr(module, part):
             module.add_module(part, nn.Module())
         module = getattr(module, part)
-    shape = tensor.detach().to("meta")
+    shape = torch.empty(sizes, dtype=tensor.dtype, device="meta")
     if isinstance(tensor, nn.Parameter):
         module.register_parameter(last, nn.Parameter(shape, requires_grad=tensor.requires_grad))
     else:

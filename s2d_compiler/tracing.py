@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
 from s2d_compiler.errors import CaptureError, InputShapeError
+from s2d_compiler.canonicalize import canonicalize
 from s2d_compiler.functionalize import functionalize, pieces_to_slices
 from s2d_compiler.program import Dropped, Program
 from s2d_compiler.raising import Raiser
@@ -149,7 +150,8 @@ def _export(
         first = error
     _require_runs(model, inputs)
     try:
-        fixed = _run_export(model, inputs, None)
+        fresh = tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in inputs)
+        fixed = _run_export(model, fresh, None)
     except Exception as second:
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}: {_first_line(second)}"
@@ -237,7 +239,7 @@ def _program(
     for node in graph.nodes:
         node.meta["path"] = _module_path(node)
     pieces_to_slices(graph)
-    graph.eliminate_dead_code()
+    canonicalize(graph, lambda value: lifted.add_constant(value, graph_module))
     Raiser(graph_module, lifted.sources, model).run()
     output_spec = _flat_output(graph, exported)
     graph.lint()
@@ -279,10 +281,10 @@ class _Lifted:
             elif spec.kind == InputKind.CONSTANT_TENSOR:
                 self.constants[spec.arg.name] = exported.constants[str(spec.target)]
 
-    def add_constant(self, value: torch.Tensor) -> str:
+    def add_constant(self, value: torch.Tensor, root: nn.Module | None = None) -> str:
         name = f"_constants.c{self.count}"
         self.count += 1
-        _assign(self.root, name, value.detach(), persistent=False)
+        _assign(root or self.root, name, value.detach(), persistent=False)
         return name
 
     def unlift(self, graph: fx.Graph) -> None:

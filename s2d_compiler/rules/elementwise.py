@@ -79,12 +79,13 @@ def combine(
 def _is_gate(
     k: int, shape: tuple[int, ...], operands: list[tuple[tuple[int, ...], Labels]]
 ) -> bool:
-    """Whether operand ``k`` holds atoms and says one thing of several channels of another."""
-    _, labels = operands[k]
+    """Whether operand ``k`` holds atoms and is one value for several channels of another:
+    of size 1 along them, or expanded from one atom."""
+    own, labels = operands[k]
     if not has_atoms(labels):
         return False
     for d, size in enumerate(shape):
-        if size == 1 or labels.shape[d] > 1:
+        if size == 1 or labels.shape[d] > 1 or not (own[d] == 1 or labels.size == 1):
             continue
         for j, (_, other) in enumerate(operands):
             if j != k and other.shape[d] > 1 and has_atoms(other):

@@ -45,8 +45,9 @@ def move(node: fx.Node, source: torch.Tensor, constants: Any) -> torch.Tensor:
 
     args = fx.map_arg(node.args, value)
     kwargs = fx.map_arg(dict(node.kwargs), value)
+    target = aten.reshape.default if node.target in _SIZED else node.target
     with torch.no_grad():
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        result = target(*args, **kwargs)  # type: ignore[operator]
     assert isinstance(result, torch.Tensor)
     return result
 
@@ -63,7 +64,10 @@ class Movement(OperatorRule):
         if labels.size == 1 and tensor_value(node) is not None:
             return uniform(len(shape_of(node)), int(labels.reshape(-1)[0]))
         _require_affordable(shape)
-        moved = compress(move(node, expand(labels, shape), context.constant))
+        try:
+            moved = compress(move(node, expand(labels, shape), context.constant))
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise NoRule(f"it cannot be followed: {str(error).splitlines()[0]}") from error
         for d in batch_dimensions(node):
             if moved.shape[d] > 1:
                 raise NoRule("it mixes channels with the batch")

@@ -1,0 +1,173 @@
+"""Rewrite operators of a functional graph into fewer kinds, so that rules stay few.
+
+Each rewrite is exact. Operators that have no simpler equal form are left alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from s2d_compiler.program import tensor_value
+
+aten = torch.ops.aten
+
+AddConstant = Callable[[torch.Tensor], str]
+
+
+def canonicalize(graph: fx.Graph, add_constant: AddConstant) -> None:
+    """Apply every rewrite of this file.
+
+    - ``stack`` -> ``unsqueeze`` and ``cat``;
+    - ``max``/``min`` over a dimension whose index is not used -> ``amax``/``amin``;
+    - ``expand_as`` -> ``expand`` (nothing where the shapes are equal);
+    - ``slice_scatter``/``select_scatter`` -> ``cat`` and ``index_select`` by a constant.
+    """
+    graph.eliminate_dead_code()
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        rewrite = _REWRITES.get(node.target)
+        if rewrite is not None:
+            with graph.inserting_before(node):
+                replacement = rewrite(graph, node, add_constant)
+            if replacement is not None and replacement is not node:
+                node.replace_all_uses_with(replacement)
+                graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, val: Any) -> fx.Node:
+    created = graph.call_function(target, args)
+    created.meta = dict(like.meta) | {"val": val}
+    return created
+
+
+def _value(node: Any) -> torch.Tensor:
+    value = tensor_value(node)
+    assert value is not None
+    return value
+
+
+def _stack(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None:
+    operands = node.args[0]
+    if not isinstance(operands, list | tuple):
+        return None
+    dimension = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    assert isinstance(dimension, int)
+    dimension %= _value(node).dim()
+    wide = [
+        _call(graph, aten.unsqueeze.default, (n, dimension), node, _value(n).unsqueeze(dimension)) for n in operands
+    ]
+    return _call(graph, aten.cat.default, (wide, dimension), node, node.meta["val"])
+
+
+def _extreme(target: Any) -> Callable[[fx.Graph, fx.Node, AddConstant], fx.Node | None]:
+    def rewrite(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None:
+        if any(u.target is not operator.getitem or u.args[1] != 0 for u in node.users):
+            return None
+        source, dimension = node.args[0], node.args[1]
+        keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+        value = _call(graph, target, (source, [dimension], keep), node, node.meta["val"][0])
+        for user in list(node.users):
+            user.replace_all_uses_with(value)
+            graph.erase_node(user)
+        return None
+
+    return rewrite
+
+
+def _expand_as(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None:
+    source, like = node.args[0], node.args[1]
+    mine, other = _value(source), _value(like)
+    if mine.dim() > other.dim():
+        return None
+    offset = other.dim() - mine.dim()
+    sizes: list[int] = []
+    for d, size in enumerate(other.shape):
+        same = d >= offset and (mine.shape[d - offset] is size or str(mine.shape[d - offset]) == str(size))
+        if same:
+            sizes.append(-1)
+        elif isinstance(size, int):
+            sizes.append(size)
+        else:
+            return None
+    if not offset and all(size == -1 for size in sizes):
+        assert isinstance(source, fx.Node)
+        return source
+    return _call(graph, aten.expand.default, (source, sizes), node, node.meta["val"])
+
+
+def _slice_scatter(graph: fx.Graph, node: fx.Node, add_constant: AddConstant) -> fx.Node | None:
+    base, source, *rest = node.args
+    dimension, start, stop, step = [*rest, *(0, None, None, 1)[len(rest) :]]
+    assert isinstance(dimension, int)
+    size = _value(base).shape[dimension]
+    numbers = (start, stop, step)
+    if not isinstance(size, int) or any(isinstance(n, fx.Node) for n in numbers):
+        return None
+    taken = range(size)[slice(start, stop, step)]
+    return _scattered(graph, node, base, source, dimension % _value(base).dim(), list(taken), size, add_constant)
+
+
+def _select_scatter(graph: fx.Graph, node: fx.Node, add_constant: AddConstant) -> fx.Node | None:
+    base, source, dimension, index = node.args
+    assert isinstance(dimension, int)
+    dimension %= _value(base).dim()
+    size = _value(base).shape[dimension]
+    if not isinstance(size, int) or not isinstance(index, int):
+        return None
+    wide = _call(graph, aten.unsqueeze.default, (source, dimension), node, _value(source).unsqueeze(dimension))
+    return _scattered(graph, node, base, wide, dimension, [index % size], size, add_constant)
+
+
+def _scattered(
+    graph: fx.Graph,
+    node: fx.Node,
+    base: Any,
+    source: Any,
+    dimension: int,
+    taken: list[int],
+    size: int,
+    add_constant: AddConstant,
+) -> fx.Node | None:
+    """``base`` with the positions ``taken`` along one dimension replaced by ``source``'s."""
+    val = node.meta["val"]
+    if _value(source).dtype != _value(base).dtype:
+        return None
+    if taken == list(range(size)):
+        return source  # type: ignore[no-any-return]
+    if len(taken) == taken[-1] - taken[0] + 1 and taken == sorted(taken):
+        parts = [source]
+        if taken[0] > 0:
+            head = _value(base).narrow(dimension, 0, taken[0])
+            parts.insert(0, _call(graph, aten.slice.Tensor, (base, dimension, 0, taken[0]), node, head))
+        if taken[-1] + 1 < size:
+            tail = _value(base).narrow(dimension, taken[-1] + 1, size - taken[-1] - 1)
+            parts.append(_call(graph, aten.slice.Tensor, (base, dimension, taken[-1] + 1, size), node, tail))
+        return _call(graph, aten.cat.default, (parts, dimension), node, val)
+    order = list(range(size))
+    for position, index in enumerate(taken):
+        order[index] = size + position
+    both = _value(base).new_empty(
+        [size + len(taken) if d == dimension else n for d, n in enumerate(_value(base).shape)]
+    )
+    joined = _call(graph, aten.cat.default, ([base, source], dimension), node, both)
+    index_tensor = torch.tensor(order, device=_value(base).device)
+    constant = graph.get_attr(add_constant(index_tensor))
+    constant.meta = dict(node.meta) | {"val": _value(base).new_empty((size,), dtype=torch.long)}
+    return _call(graph, aten.index_select.default, (joined, dimension, constant), node, val)
+
+
+_REWRITES: dict[Any, Callable[[fx.Graph, fx.Node, AddConstant], fx.Node | None]] = {
+    aten.stack.default: _stack,
+    aten.max.dim: _extreme(aten.amax.default),
+    aten.min.dim: _extreme(aten.amin.default),
+    aten.expand_as.default: _expand_as,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.select_scatter.default: _select_scatter,
+}
