@@ -136,7 +136,7 @@ def fit(
     loss: Callable[..., Tensor],
     *,
     learning_rate: float,
-    epochs: int = EPOCHS,
+    epochs: int,
     max_steps: int | None = None,
 ) -> float:
     """Train a model in place on the training digits and return the loss of the last step."""
@@ -190,13 +190,15 @@ def comparison(static: nn.Module, before: DynamicModel, after: DynamicModel) -> 
 
 # The commands
 
+Output = Annotated[Path, cyclopts.Parameter(alias="-o")]
+
 
 @app.command
-def train(*, output: Annotated[Path, cyclopts.Parameter(alias="-o")] = Path("model.pt")) -> None:
+def train(*, output: Output = Path("model.pt"), epochs: int = EPOCHS) -> None:
     """Train the static network and save its state dict."""
     torch.manual_seed(SEED)
     model, start = build(), time.perf_counter()
-    fit(model, F.cross_entropy, learning_rate=1e-2)
+    fit(model, F.cross_entropy, learning_rate=1e-2, epochs=epochs)
     (accuracy,) = stage_accuracies(model)
     torch.save(model.state_dict(), output)
     seconds = time.perf_counter() - start
@@ -204,13 +206,11 @@ def train(*, output: Annotated[Path, cyclopts.Parameter(alias="-o")] = Path("mod
 
 
 @app.command
-def finetune(
-    dyn: Path, /, *, output: Annotated[Path, cyclopts.Parameter(alias="-o")] = Path("dyn-tuned.pt")
-) -> None:
+def finetune(dyn: Path, /, *, output: Output = Path("dyn-tuned.pt"), epochs: int = EPOCHS) -> None:
     """Train all stages of a compiled network together and save it."""
     torch.manual_seed(SEED)
     model, start = s2d_compiler.load(dyn), time.perf_counter()
-    fit(model, joint_loss, learning_rate=5e-3)
+    fit(model, joint_loss, learning_rate=5e-3, epochs=epochs)
     model.save(output)
     accuracies = ", ".join(f"{accuracy:.1%}" for accuracy in stage_accuracies(model))
     seconds = time.perf_counter() - start

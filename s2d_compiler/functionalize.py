@@ -24,13 +24,13 @@ aten = torch.ops.aten
 _IDENTITY = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 #: Schemas that say "alias" although a copy is made when layout or type differ.
 _MAYBE_COPY = {
-    aten.contiguous.default: lambda a, _: a.is_contiguous(),
-    aten.reshape.default: lambda a, _: a.is_contiguous(),
-    aten.flatten.using_ints: lambda a, _: a.is_contiguous(),
-    aten.to.dtype: lambda a, out: a.dtype == out.dtype,
-    aten.to.device: lambda a, out: a.dtype == out.dtype and a.device == out.device,
-    aten.to.dtype_layout: lambda a, out: a.dtype == out.dtype and a.device == out.device,
-    aten.type_as.default: lambda a, out: a.dtype == out.dtype,
+    aten.contiguous.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.type_as.default,
 }
 
 
@@ -56,16 +56,29 @@ def aliased_argument(node: fx.Node) -> fx.Node | None:
     if not isinstance(target, torch._ops.OpOverload):
         return None
     if target in _IDENTITY:
-        return first
+        return None if node.args[-1] is True else first
     if target in _MAYBE_COPY:
-        source, result = tensor_value(first), tensor_value(node)
-        assert source is not None and result is not None
-        return first if _MAYBE_COPY[target](source, result) else None
+        return first if _shares_memory(node) else None
     info = target._schema.arguments[0].alias_info
     returns = target._schema.returns
     if info is None or info.is_write or not returns or returns[0].alias_info is None:
         return None
     return first
+
+
+def _fake_result(node: fx.Node, target: torch._ops.OpOverload) -> Any:
+    """What ``target`` makes of the shapes and types of a node's operands."""
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    with torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    """Whether the result of a view or copy shares the memory of its first operand."""
+    assert isinstance(node.target, torch._ops.OpOverload) and isinstance(node.args[0], fx.Node)
+    source, result = tensor_value(node.args[0]), _fake_result(node, node.target)
+    assert source is not None
+    return bool(source.untyped_storage()._cdata == result.untyped_storage()._cdata)
 
 
 def functional_target(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
@@ -76,8 +89,15 @@ def functional_target(target: torch._ops.OpOverload) -> torch._ops.OpOverload | 
     packet = getattr(getattr(torch.ops, target.namespace), name[:-1], None)
     if packet is None:
         return None
-    overload = target._overloadname or "default"
-    return getattr(packet, overload) if overload in packet.overloads() else None
+    wanted = _signature(target)
+    found = (getattr(packet, overload) for overload in packet.overloads())
+    return next((each for each in found if _signature(each) == wanted), None)
+
+
+def _signature(target: torch._ops.OpOverload) -> tuple[str, list[tuple[str, str]]]:
+    """Types of an operator's arguments, and all names but the first; overload names say less."""
+    first, *rest = target._schema.arguments
+    return str(first.type), [(argument.name, str(argument.type)) for argument in rest]
 
 
 @dataclass
@@ -101,7 +121,7 @@ class Functionalizer:
         self.real: dict[fx.Node, Any] = {}
         self.base: dict[fx.Node, fx.Node] = {}
         self.order = {node: i for i, node in enumerate(self.source.nodes)}
-        self.emitted_constants: dict[tuple[int, int], fx.Node] = {}
+        self.emitted_constants: dict[tuple[int, int], tuple[fx.Node, Any]] = {}
 
     def run(self) -> fx.Graph:
         for node in self.source.nodes:
@@ -140,8 +160,9 @@ class Functionalizer:
         if key not in self.emitted_constants:
             created = self.target.get_attr(self.add_constant(value.clone()))
             created.meta = dict(before.meta) | {"val": node.meta["val"]}
-            self.emitted_constants[key] = created
-        return self.emitted_constants[key]
+            # The value is kept alive so that no other one takes over its id.
+            self.emitted_constants[key] = created, value
+        return self.emitted_constants[key][0]
 
     # -- everything else -------------------------------------------------------------------
 
@@ -181,7 +202,8 @@ class Functionalizer:
         for node in list(self.current):
             self.real.pop(node, None)
 
-    def _functional(self, node: fx.Node, written: fx.Node) -> Any:
+    def _functional(self, node: fx.Node, written: fx.Node) -> fx.Node:
+        """What an in-place operator leaves in its operand."""
         target = node.target
         assert isinstance(target, torch._ops.OpOverload)
         before = tensor_value(written)
@@ -189,19 +211,12 @@ class Functionalizer:
         args = fx.map_arg(node.args, lambda n: self._lookup(n, node))
         kwargs = fx.map_arg(dict(node.kwargs), lambda n: self._lookup(n, node))
         val = node.meta["val"]
-        if target is aten.copy_.default:
-            copied = args[1]
-            source = node.args[1]
-            source_value = tensor_value(source) if isinstance(source, fx.Node) else None
-            if source_value is not None and source_value.dtype != before.dtype:
-                copied = self._call(aten.to.dtype, (copied, before.dtype), node, source_value.to(before.dtype))
-            return self._call(aten.expand_as.default, (copied, args[0]), node, val)
+        if target is aten.copy_.default or target is aten.fill_.Tensor:
+            return self._expanded(node, args[1], args[0], before)
         if target is aten.zero_.default:
             return self._call(aten.zeros_like.default, (args[0],), node, val)
-        if target._opname == "fill_":
-            if target._overloadname == "Scalar":
-                return self._call(aten.full_like.default, args[:2], node, val)
-            return self._call(aten.expand_as.default, (args[1], args[0]), node, val)
+        if target is aten.fill_.Scalar:
+            return self._call(aten.full_like.default, args[:2], node, val)
         functional = functional_target(target)
         if functional is None:
             raise CaptureError(
@@ -209,8 +224,25 @@ class Functionalizer:
                 "Use the operator without the trailing underscore in the model's source."
             )
         created = self.target.call_function(functional, tuple(args), kwargs)
-        created.meta = dict(node.meta)
-        return created
+        created.meta = dict(node.meta) | {"val": _fake_result(node, functional)}
+        return self._cast(created, before.dtype, node)
+
+    def _expanded(self, node: fx.Node, copied: fx.Node, into: fx.Node, before: torch.Tensor) -> fx.Node:
+        """A value as it is after it was copied into a tensor."""
+        copied = self._cast(copied, before.dtype, node)
+        source = tensor_value(copied)
+        assert source is not None
+        if source.dim() == before.dim() and all(map(_is_same, source.shape, before.shape)):
+            return copied
+        return self._call(aten.expand_as.default, (copied, into), node, node.meta["val"])
+
+    def _cast(self, value: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+        """A value in the type of the memory that it is written to."""
+        current = tensor_value(value)
+        assert current is not None
+        if current.dtype == dtype:
+            return value
+        return self._call(aten.to.dtype, (value, dtype), like, current.to(dtype))
 
     def _write_back(self, node: fx.Node, written: fx.Node, value: Any) -> set[fx.Node]:
         """Give every base of a written view its new value; return the nodes updated."""
@@ -221,7 +253,11 @@ class Functionalizer:
             origin = self.base[child]
             if not self._is_read_after(node, origin, updated):
                 break
-            value = self._scatter(node, child, origin, value)
+            if child.target is operator.getitem:
+                value = self._scatter_piece(node, child, origin, value)
+                origin = self.base[origin]
+            else:
+                value = self._scatter(node, child, origin, value)
             self.current[origin] = value
             updated.add(origin)
             child = origin
@@ -251,46 +287,66 @@ class Functionalizer:
         target = child.target
         current = self.current[origin]
         val = tensor_value(origin)
-        if written_argument(child) is not None or target in _IDENTITY or target in _MAYBE_COPY and (
-            target not in (aten.reshape.default, aten.flatten.using_ints)
-        ):
+        if written_argument(child) is not None or target in _SAME:
             return value
         rest = fx.map_arg(child.args[1:], lambda n: self._lookup(n, node))
-        if target is aten.slice.Tensor:
-            return self._call(aten.slice_scatter.default, (current, value, *rest), node, val)
+        if target in (aten.slice.Tensor, aten.narrow.default):
+            return self._scatter_slice(node, child, current, value, rest, val)
         if target is aten.select.int:
             return self._call(aten.select_scatter.default, (current, value, *rest), node, val)
-        if target is aten.transpose.int:
-            return self._call(aten.transpose.int, (value, *rest), node, val)
+        if target is aten.diagonal.default:
+            return self._call(aten.diagonal_scatter.default, (current, value, *rest), node, val)
+        if target in _SELF_INVERSE:
+            return self._call(target, (value, *rest), node, val)
+        if target in (aten.movedim.int, aten.movedim.intlist):
+            return self._call(target, (value, rest[1], rest[0]), node, val)
         if target is aten.permute.default:
-            inverse = [0] * len(rest[0])
-            for i, d in enumerate(rest[0]):
-                inverse[d] = i
+            rank = len(rest[0])
+            order = [d % rank for d in rest[0]]
+            inverse = [order.index(d) for d in range(rank)]
             return self._call(aten.permute.default, (value, inverse), node, val)
         if target in _RESHAPING:
-            return self._call(aten.view_as.default, (value, current), node, val)
-        if target is operator.getitem and origin.target in _SPLITTING:
-            return self._scatter_piece(node, child, origin, value)
-        if target in (aten.alias.default, aten.detach.default):
-            return value
+            return self._call(aten.reshape_as.default, (value, current), node, val)
         raise CaptureError(
             f"{place(node)} writes in place through {place(child)}, and the memory behind it is "
             "read again; this compiler cannot follow such a write. Write to a copy instead."
         )
 
+    def _scatter_slice(
+        self, node: fx.Node, child: fx.Node, current: fx.Node, value: Any, rest: tuple[Any, ...], val: Any
+    ) -> Any:
+        if child.target is aten.narrow.default:
+            rest = (rest[0], rest[1], rest[1] + rest[2])
+        piece, whole = tensor_value(child), val
+        assert piece is not None
+        if all(map(_is_same, piece.shape, whole.shape)):
+            return value
+        return self._call(aten.slice_scatter.default, (current, value, *rest), node, val)
+
     def _scatter_piece(self, node: fx.Node, child: fx.Node, pieces: fx.Node, value: Any) -> Any:
-        raise CaptureError(
-            f"{place(node)} writes in place into a piece of {place(pieces)}, and the whole is read "
-            "again; this compiler cannot follow such a write. Write to a copy instead."
-        )
+        """The value of what was split after one of its pieces became ``value``."""
+        whole = self.base[pieces]
+        taken = _piece(pieces, int(child.args[1]))  # type: ignore[call-overload]
+        if taken is None:
+            raise CaptureError(
+                f"{place(node)} writes in place into a piece of {place(pieces)}, and the whole is "
+                "read again; this compiler cannot follow such a write. Write to a copy instead."
+            )
+        target = aten.select_scatter.default if len(taken) == 2 else aten.slice_scatter.default
+        return self._call(target, (self.current[whole], value, *taken), node, tensor_value(whole))
 
     def _refresh_views(self, node: fx.Node, updated: set[fx.Node]) -> None:
-        """Make views of what was written again, where they are read later."""
+        """Make views of what was written again, where they or views of them are read later."""
         moment = self.order[node]
-        for member in sorted(self._family(node) - updated - {node}, key=self.order.__getitem__):
-            if member not in self.base or member not in self.current:
-                continue
-            if not any(self.order[user] > moment for user in member.users):
+        family = sorted(self._family(node) - updated - {node}, key=self.order.__getitem__)
+        needed: set[fx.Node] = set()
+        for member in reversed(family):
+            if member in needed or any(self.order[user] > moment for user in member.users):
+                needed.add(member)
+                if member in self.base:
+                    needed.add(self.base[member])
+        for member in family:
+            if member not in self.base or member not in self.current or member not in needed:
                 continue
             if written_argument(member) is not None:
                 self.current[member] = self.current[self.base[member]]
@@ -298,6 +354,46 @@ class Functionalizer:
                 self.current[member] = self._copy(member)
 
 
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same number or the same expression."""
+    if isinstance(a, int) or isinstance(b, int):
+        return isinstance(a, int) and isinstance(b, int) and a == b
+    return bool(a.node.expr == b.node.expr)
+
+
+def _piece(pieces: fx.Node, index: int) -> tuple[int, ...] | None:
+    """Where a piece of ``chunk`` or ``split`` lies: dimension, start and stop; of ``unbind``:
+    dimension and index. None where that depends on the batch."""
+    arguments = dict(zip(("self", "size", "dim"), pieces.args, strict=False)) | dict(pieces.kwargs)
+    is_unbind = pieces.target is aten.unbind.int
+    dimension = arguments.get("size", arguments.get("dim", 0)) if is_unbind else arguments.get("dim", 0)
+    values = pieces.meta["val"]
+    if not isinstance(dimension, int):
+        return None
+    index %= len(values)
+    if is_unbind:
+        return dimension % (values[0].dim() + 1), index
+    dimension %= values[0].dim()
+    sizes = [v.shape[dimension] for v in values[: index + 1]]
+    if any(not isinstance(size, int) for size in sizes):
+        return None
+    return dimension, sum(sizes[:-1]), sum(sizes)
+
+
+#: Views that are their operand: what is written to them is written to it, as it is.
+_SAME = _IDENTITY | (_MAYBE_COPY - {aten.reshape.default, aten.flatten.using_ints}) | {
+    aten.alias.default,
+    aten.detach.default,
+}
+#: Views that undo themselves.
+_SELF_INVERSE = {
+    aten.transpose.int,
+    aten.swapaxes.default,
+    aten.swapdims.default,
+    aten.t.default,
+    aten.numpy_T.default,
+    aten.mT.default,
+}
 _RESHAPING = {
     aten.view.default,
     aten.reshape.default,
@@ -308,6 +404,8 @@ _RESHAPING = {
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
+    aten.view_as.default,
+    aten.reshape_as.default,
 }
 _SPLITTING = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
 
@@ -336,29 +434,16 @@ def pieces_to_slices(graph: fx.Graph) -> None:
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        arguments = dict(zip(("self", "size", "dim"), node.args, strict=False)) | dict(node.kwargs)
-        if node.target is aten.unbind.int:
-            dimension = arguments.get("size", arguments.get("dim", 0))
-        else:
-            dimension = arguments.get("dim", 0)
-        if not isinstance(dimension, int) or any(u.target is not operator.getitem for u in node.users):
+        if any(user.target is not operator.getitem for user in node.users):
             continue
-        values = node.meta["val"]
-        rank = source.meta["val"].dim()
-        dimension %= rank
-        sizes = [v.shape[dimension] for v in values] if node.target is not aten.unbind.int else []
-        if any(not isinstance(size, int) for size in sizes):
+        places = {user: _piece(node, int(user.args[1])) for user in node.users}  # type: ignore[call-overload]
+        if None in places.values():
             continue
-        for user in list(node.users):
-            index = int(user.args[1]) % len(values)
+        for user, taken in places.items():
+            target = aten.select.int if len(taken) == 2 else aten.slice.Tensor
             with graph.inserting_before(user):
-                if node.target is aten.unbind.int:
-                    piece = graph.call_function(aten.select.int, (source, dimension, index))
-                else:
-                    start = sum(sizes[:index])
-                    stop = start + sizes[index]
-                    piece = graph.call_function(aten.slice.Tensor, (source, dimension, start, stop))
-            piece.meta = dict(node.meta) | {"val": values[index]}
+                piece = graph.call_function(target, (source, *taken))
+            piece.meta = dict(node.meta) | {"val": user.meta["val"]}
             user.replace_all_uses_with(piece)
             graph.erase_node(user)
         graph.erase_node(node)

@@ -1,0 +1,601 @@
+"""The search space: what a plan may choose for a model, and what each choice is about.
+
+`inspect_model` captures and analyses a model and returns a `SearchSpace`: the resolutions that a
+plan may set, what lies in each, what cannot be cut and why, and how many plans there are. A
+search draws settings from it and gets plans back::
+
+    space = inspect_model(model, input_shape=(3, 32, 32))
+    plan = space.plan({"32x32": Setting((3, 5), "all")})    # the rest as in the starter plan
+    plan = space.random_plan(random.Random(0))
+
+Source: S2DNAS, section 3.2 (one setting for all layers of a resolution).
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from s2d_compiler.analysis.assignment import assign
+from s2d_compiler.analysis.channels import (
+    ChannelAnalysis,
+    LayerChannels,
+    UnknownUse,
+    analyse_channels,
+    cut_resolutions,
+)
+from s2d_compiler.analysis.cost import static_macs
+from s2d_compiler.analysis.labels import has_atoms
+from s2d_compiler.errors import PlanError
+from s2d_compiler.plan import Concat, Pair, Plan, Setting, Split
+from s2d_compiler.plan_rules import check_counts
+from s2d_compiler.program import Dropped, Program, operator_name, path_of
+from s2d_compiler.report import CoupledUse
+from s2d_compiler.rules.layers import is_cut_between, is_layer
+from s2d_compiler.tracing import capture
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["ResolutionGroup", "SearchSpace", "SpaceLayer", "inspect_model"]
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceLayer:
+    """One weighted layer, or one operator that multiplies without weights.
+
+    Attributes:
+        name: Module path; how plans name a layer.
+        operator: Module class or operator.
+        role: ``cut`` (its output channels can be dealt out to the stages), ``prediction`` (every
+            stage gets its own), ``follows`` (an operator without weights on channels that are
+            dealt out), or ``whole``.
+        reason: Why it stays whole, else empty.
+        split_by: Resolution whose split cuts its output channels, or empty.
+        concat_by: Resolution whose concat says what it reads, or empty.
+        channels: Output channels.
+        atoms: How many of them can be told apart.
+        macs: MACs per sample in the original.
+    """
+
+    name: str
+    operator: str
+    role: str
+    reason: str = ""
+    split_by: str = ""
+    concat_by: str = ""
+    channels: int = 0
+    atoms: int = 0
+    macs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ResolutionGroup:
+    """What one entry of a plan's ``resolutions`` is about.
+
+    Attributes:
+        resolution: Its name in plans.
+        has_split: Whether a split of this resolution changes anything.
+        has_concat: Whether a concat of this resolution changes anything.
+        layers: Layers whose output channels its split cuts.
+        readers: Layers whose reading its concat settles.
+        families: How many families of channels its split cuts.
+        channels: Output channels of ``layers``.
+        atoms: How many channels can be told apart (a residual stream counts once).
+        macs: MACs per sample of ``layers`` in the original.
+    """
+
+    resolution: str
+    has_split: bool
+    has_concat: bool
+    layers: tuple[str, ...]
+    readers: tuple[str, ...]
+    families: int
+    channels: int
+    atoms: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The plans of one model for a number of stages and groups; prints as a table.
+
+    Attributes:
+        stages: How many stages the plans have.
+        groups: In how many groups they count channels.
+        groups_by_resolution: What each resolution's setting is about, largest first.
+        layers: Everything that has weights or MACs, in program order.
+        coupled: Operators that mix channels without weights and run once per stage.
+        unknown: Operators without a rule, which run once per stage at full size.
+        dropped: What evaluation-mode capture leaves out.
+        notes: Sentences about the capture.
+        input_shape: Shape of the one input without the batch; None if there are several.
+        misfit: Why the starter plan cannot be compiled, else empty.
+    """
+
+    stages: int
+    groups: int
+    groups_by_resolution: tuple[ResolutionGroup, ...]
+    layers: tuple[SpaceLayer, ...]
+    coupled: tuple[CoupledUse, ...]
+    unknown: tuple[UnknownUse, ...]
+    dropped: Dropped
+    notes: tuple[str, ...]
+    input_shape: tuple[int, ...] | None
+    misfit: str = ""
+
+    # What is in it
+
+    @property
+    def resolutions(self) -> tuple[str, ...]:
+        """The resolutions that a plan may set, largest first."""
+        return tuple(group.resolution for group in self.groups_by_resolution)
+
+    @property
+    def macs(self) -> int:
+        """MACs per sample of the original."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def predictions(self) -> tuple[SpaceLayer, ...]:
+        """Layers of which every stage gets its own."""
+        return tuple(layer for layer in self.layers if layer.role == "prediction")
+
+    @property
+    def whole(self) -> tuple[SpaceLayer, ...]:
+        """What no plan can cut, the costliest first."""
+        found = [layer for layer in self.layers if layer.role == "whole"]
+        return tuple(sorted(found, key=lambda layer: -layer.macs))
+
+    @property
+    def cut_share(self) -> float:
+        """Share of the original's MACs in what is not left whole."""
+        return 1.0 - sum(layer.macs for layer in self.whole) / self.macs if self.macs else 1.0
+
+    @property
+    def choices(self) -> int:
+        """Settings of one resolution: C(groups - 1, stages - 1) * 2^(stages (stages - 1) / 2)."""
+        return self._split_choices * self._concat_choices
+
+    @property
+    def size(self) -> int:
+        """Number of plans: one setting for each resolution, each chosen freely."""
+        return self.choices ** len(self.groups_by_resolution)
+
+    @property
+    def distinct_size(self) -> int:
+        """Number of plans that differ in settings that change anything in this model."""
+        return math.prod(
+            (self._split_choices if group.has_split else 1)
+            * (self._concat_choices if group.has_concat else 1)
+            for group in self.groups_by_resolution
+        )
+
+    @property
+    def _split_choices(self) -> int:
+        return math.comb(self.groups - 1, self.stages - 1)
+
+    @property
+    def _concat_choices(self) -> int:
+        return 1 << math.comb(self.stages, 2)
+
+    # What there is to choose
+
+    def splits(self) -> Iterator[Split]:
+        """Every split, in lexical order."""
+        yield from itertools.combinations(range(1, self.groups), self.stages - 1)
+
+    def concats(self) -> Iterator[Concat]:
+        """Every set of pairs, from "none" to "all"."""
+        pairs = self._pairs
+        for size in range(len(pairs) + 1):
+            for chosen in itertools.combinations(pairs, size):
+                yield _named(chosen, pairs)
+
+    def settings(self, resolution: str) -> Iterator[Setting]:
+        """Every setting of one resolution that changes something, one at a time.
+
+        Raises:
+            PlanError: The model does not have this resolution.
+        """
+        group = self._group(resolution)
+        for split in self.splits() if group.has_split else (None,):
+            for concat in self.concats() if group.has_concat else (None,):
+                yield Setting(split, concat)
+
+    def _group(self, resolution: str) -> ResolutionGroup:
+        for group in self.groups_by_resolution:
+            if group.resolution == resolution:
+                return group
+        raise PlanError(
+            f"resolutions.{resolution}: the model has no such resolution; it has "
+            f"{', '.join(self.resolutions) or 'none'}"
+        )
+
+    @property
+    def _pairs(self) -> tuple[Pair, ...]:
+        return tuple((j, i) for j in range(2, self.stages + 1) for i in range(1, j))
+
+    # Plans
+
+    def starter_plan(self) -> Plan:
+        """A plan to edit: half the channels first, the rest evenly, and everything reused."""
+        return self.plan({})
+
+    def plan(self, settings: Mapping[str, Setting | tuple[Split, Concat]]) -> Plan:
+        """The plan of these settings; a resolution or part that is left out is the starter's.
+
+        Args:
+            settings: By resolution, a ``Setting`` or a pair of split and concat.
+
+        Raises:
+            PlanError: A resolution that the model does not have, or a setting that breaks a rule.
+        """
+        chosen = {self._group(name).resolution: _setting(value) for name, value in settings.items()}
+        default = Setting(starter_split(self.stages, self.groups), self._starter_concat)
+        rows = {
+            group.resolution: _completed(chosen.get(group.resolution, Setting()), default, group)
+            for group in self.groups_by_resolution
+        }
+        listed = {name: setting for name, setting in rows.items() if setting != Setting()}
+        return Plan(self.stages, self.groups, default, listed, input_shape=self.input_shape)
+
+    @property
+    def _starter_concat(self) -> Concat:
+        return "all" if self.stages > 1 else "none"
+
+    def random_plan(self, generator: random.Random) -> Plan:
+        """A plan drawn uniformly from those that differ (``distinct_size`` many)."""
+        return self.plan(
+            {
+                group.resolution: Setting(
+                    self._random_split(generator) if group.has_split else None,
+                    self._random_concat(generator) if group.has_concat else None,
+                )
+                for group in self.groups_by_resolution
+            }
+        )
+
+    def _random_split(self, generator: random.Random) -> Split:
+        return tuple(sorted(generator.sample(range(1, self.groups), self.stages - 1)))
+
+    def _random_concat(self, generator: random.Random) -> Concat:
+        pairs = self._pairs
+        return _named(tuple(pair for pair in pairs if generator.getrandbits(1)), pairs)
+
+    # Presentation
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON. Sizes are whole numbers of any length."""
+        return {
+            "stages": self.stages,
+            "groups": self.groups,
+            "input_shape": None if self.input_shape is None else list(self.input_shape),
+            "macs": self.macs,
+            "cut_share": self.cut_share,
+            "choices": self.choices,
+            "size": self.size,
+            "distinct_size": self.distinct_size,
+            "resolutions": [
+                {**asdict(group), "share": self._share(group.macs)}
+                for group in self.groups_by_resolution
+            ],
+            "layers": [asdict(layer) for layer in self.layers],
+            "predictions": [layer.name for layer in self.predictions],
+            "coupled": [asdict(use) for use in self.coupled],
+            "unknown": [asdict(use) for use in self.unknown],
+            "dropped": asdict(self.dropped),
+            "notes": list(self.notes),
+            "misfit": self.misfit,
+            "starter_plan": self.starter_plan().to_dict(),
+        }
+
+    def _share(self, macs: int) -> float:
+        return macs / self.macs if self.macs else 0.0
+
+    def table(self) -> Table:
+        """One row for each resolution, and one for what no resolution settles."""
+        from rich.table import Table
+
+        table = Table()
+        table.add_column("resolution", overflow="fold")
+        table.add_column("settings", overflow="fold")
+        for title in ("layers", "families", "channels", "atoms", "MACs", "share"):
+            table.add_column(title, justify="right", overflow="fold")
+        for group in self.groups_by_resolution:
+            counts = (len(group.layers), group.families, group.channels, group.atoms)
+            table.add_row(
+                group.resolution,
+                _named_settings(group),
+                *map(str, counts),
+                *self._price(group.macs),
+            )
+        heads = sum(layer.macs for layer in self.predictions)
+        rest = self.macs - heads - sum(group.macs for group in self.groups_by_resolution)
+        if self.predictions:
+            count = str(len(self.predictions))
+            table.add_row("prediction", "", count, "", "", "", *self._price(heads))
+        if rest:
+            table.add_row("elsewhere", "", "", "", "", "", *self._price(rest))
+        return table
+
+    def _price(self, macs: int) -> tuple[str, str]:
+        return f"{macs:,}", f"{self._share(macs):.1%}"
+
+    def layer_table(self) -> Table:
+        """One row for each layer."""
+        from rich.table import Table
+
+        table = Table()
+        for title in ("layer", "operator", "", "split by", "concat by"):
+            table.add_column(title, overflow="fold")
+        for title in ("channels", "atoms", "MACs", "share"):
+            table.add_column(title, justify="right", overflow="fold")
+        for layer in self.layers:
+            counts = (str(layer.channels or ""), str(layer.atoms or ""))
+            names = (layer.name, layer.operator, layer.role, layer.split_by, layer.concat_by)
+            table.add_row(*names, *counts, *self._price(layer.macs))
+        return table
+
+    def remarks(self) -> str:
+        """The size of the space, what cannot be cut, and the rest that a user should know."""
+        text = io.StringIO()
+        text.write(
+            f"{self._size()}\n"
+            f"{self.cut_share:.1%} of {self.macs:,} MACs per sample are in layers that can be cut\n"
+        )
+        heads = ", ".join(layer.name for layer in self.predictions)
+        text.write(f"exit heads from: {heads or 'none (the output is the features)'}\n")
+        _list(
+            text,
+            "whole in every plan",
+            [f"{w.name}: {w.reason} ({w.macs:,} MACs)" for w in self.whole],
+        )
+        _list(
+            text,
+            "without a rule, run once per stage at full size",
+            [
+                f"{u.operator} in {u.path!r}: {u.reason} ({u.macs:,} MACs a run)"
+                for u in self.unknown
+            ],
+        )
+        _list(
+            text,
+            "coupled, run once per stage",
+            [f"{c.operator} in {c.path!r}" for c in self.coupled],
+        )
+        gone = [*self.dropped.modules, *self.dropped.unused]
+        _list(text, "not in the graph (evaluation mode drops it)", gone)
+        _list(text, "notes", [*self.notes, *([f"starter {self.misfit}"] if self.misfit else [])])
+        return text.getvalue().rstrip()
+
+    def _size(self) -> str:
+        count = len(self.groups_by_resolution)
+        if not count:
+            return "1 plan: the model has no channels that can be cut"
+        base = (
+            f"{_short(self.size)} plans: {self.choices:,} settings for each of {count} resolution"
+        )
+        text = base if count == 1 else f"{base}s"
+        if self.distinct_size != self.size:
+            text += f"; {_short(self.distinct_size)} of them differ in this model"
+        return text
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        Console(file=text, width=100, no_color=True).print(self.table())
+        return f"{text.getvalue().rstrip()}\n{self.remarks()}"
+
+
+def starter_split(stages: int, groups: int) -> Split:
+    """Half of the groups to the first stage, the rest as evenly as it goes.
+
+    Example:
+        >>> starter_split(3, 8)
+        (4, 6)
+    """
+    if stages == 1:
+        return ()
+    rest = stages - 1
+    first = max(1, min(groups // 2, groups - rest))
+    return tuple(first + (groups - first) * stage // rest for stage in range(rest))
+
+
+def inspect_model(
+    model: nn.Module | Program,
+    example_inputs: Sequence[Any] | None = None,
+    input_shape: Sequence[int] | None = None,
+    stages: int = 3,
+    groups: int = 8,
+) -> SearchSpace:
+    """Find out what a plan may choose for a model; the model is left untouched.
+
+    Args:
+        model: Any ``nn.Module`` that ``torch.export`` can capture, or a ``Program``.
+        example_inputs: Positional inputs with a batch in dimension 0.
+        input_shape: Shape of one input without the batch, used when there are no examples.
+        stages: How many stages the plans are to have.
+        groups: In how many groups they count channels.
+
+    Raises:
+        PlanError: Fewer groups than stages, or counts out of range.
+        InputShapeError, CaptureError: The model cannot be captured.
+    """
+    check_counts(stages, groups, "")
+    program = model if isinstance(model, Program) else capture(model, example_inputs, input_shape)
+    channels = analyse_channels(program)
+    layers = _layers(program, channels, stages)
+    space = SearchSpace(
+        stages=stages,
+        groups=groups,
+        groups_by_resolution=_resolution_groups(channels, layers),
+        layers=layers,
+        coupled=tuple(
+            CoupledUse(name, operator_name(program.by_name[name]), path_of(program.by_name[name]))
+            for name in channels.coupled
+        ),
+        unknown=tuple(sorted(channels.unknown, key=lambda use: -use.macs)),
+        dropped=program.dropped,
+        notes=program.notes,
+        input_shape=program.input_shapes[0] if len(program.input_shapes) == 1 else None,
+    )
+    try:
+        assign(program, channels, space.starter_plan())
+    except PlanError as error:
+        return replace(space, misfit=str(error))
+    return space
+
+
+def _layers(program: Program, channels: ChannelAnalysis, stages: int) -> tuple[SpaceLayer, ...]:
+    family_of = np.full(channels.atom_count, -1, dtype=np.int64)
+    pinned = np.zeros(channels.atom_count, dtype=bool)
+    for number, family in enumerate(channels.families):
+        family_of[list(family.atoms)] = number
+        pinned[list(family.atoms[: family.pinned])] = True
+    reasons = {use.node: use.reason for use in channels.unknown}
+    found: dict[str, SpaceLayer] = {}
+    for node in program.nodes:
+        if node.op not in ("call_module", "call_function"):
+            continue
+        macs = static_macs(program, node)
+        name = channels.layer_of.get(node.name)
+        if name is None:
+            if macs or is_layer(node):
+                found[node.name] = _operator(node.name, program, channels, reasons, macs)
+        elif name in found:
+            found[name] = _with_more(found[name], macs)
+        elif node.name in channels.predictions:
+            found[name] = SpaceLayer(name, operator_name(node), "prediction", macs=macs)
+        else:
+            layer = channels.layers[name]
+            atoms = np.unique(layer.rows)
+            apart = int((~pinned[atoms]).sum()) + bool(pinned[atoms].any())
+            split_by = _largest(
+                {channels.families[f].resolution for f in family_of[atoms]}, channels
+            )
+            reason = ""
+            if apart < stages:
+                reason = f"its {len(layer.rows)} channels are {apart} that can be told apart, for {stages} stages"
+            found[name] = SpaceLayer(
+                name=name,
+                operator=operator_name(node),
+                role="whole" if reason else "cut",
+                reason=reason,
+                split_by=split_by,
+                concat_by=layer.resolution if _reads_channels(program, layer) else "",
+                channels=len(layer.rows),
+                atoms=len(atoms),
+                macs=macs,
+            )
+    return tuple(found.values())
+
+
+def _operator(
+    name: str, program: Program, channels: ChannelAnalysis, reasons: Mapping[str, str], macs: int
+) -> SpaceLayer:
+    """A product without weights, or a layer whose channels the analysis does not follow."""
+    node = program.by_name[name]
+    role, reason = "follows", ""
+    if name in reasons:
+        role, reason = "whole", reasons[name]
+    elif not has_atoms(channels.labels[name]):
+        role, reason = "whole", "it has no channels of its own"
+    path = str(node.target) if node.op == "call_module" else path_of(node) or name
+    return SpaceLayer(path, operator_name(node), role, reason, macs=macs)
+
+
+def _with_more(layer: SpaceLayer, macs: int) -> SpaceLayer:
+    """A layer that is called once more."""
+    return replace(layer, macs=layer.macs + macs)
+
+
+def _largest(resolutions: set[str], channels: ChannelAnalysis) -> str:
+    return next(name for name in cut_resolutions(channels) if name in resolutions)
+
+
+def _reads_channels(program: Program, layer: LayerChannels) -> bool:
+    """Whether a layer mixes channels that have owners, so that it matters which it reads."""
+    module = program.module(program.by_name[layer.layer.nodes[0]])
+    depthwise = hasattr(module, "groups") and is_cut_between(module)
+    return not depthwise and any(has_atoms(columns) for columns in layer.columns)
+
+
+def _resolution_groups(
+    channels: ChannelAnalysis, layers: Sequence[SpaceLayer]
+) -> tuple[ResolutionGroup, ...]:
+    result = []
+    for name in cut_resolutions(channels):
+        families = [family for family in channels.families if family.resolution == name]
+        members = [layer for layer in layers if layer.split_by == name]
+        readers = tuple(layer.name for layer in layers if layer.concat_by == name)
+        result.append(
+            ResolutionGroup(
+                resolution=name,
+                has_split=any(len(f.atoms) > max(1, f.pinned) for f in families),
+                has_concat=bool(readers),
+                layers=tuple(layer.name for layer in members),
+                readers=readers,
+                families=len(families),
+                channels=sum(layer.channels for layer in members),
+                atoms=sum(len(family.atoms) for family in families),
+                macs=sum(layer.macs for layer in members),
+            )
+        )
+    return tuple(result)
+
+
+def _setting(value: Any) -> Setting:
+    if isinstance(value, Setting):
+        return value
+    split, concat = value
+    return Setting(split, concat)
+
+
+def _completed(setting: Setting, default: Setting, group: ResolutionGroup) -> Setting:
+    """A setting with the parts that it leaves out, where they change anything."""
+    split = default.split if group.has_split else None
+    concat = default.concat if group.has_concat else None
+    return Setting(
+        split if setting.split is None else setting.split,
+        concat if setting.concat is None else setting.concat,
+    )
+
+
+def _named(chosen: tuple[Pair, ...], pairs: tuple[Pair, ...]) -> Concat:
+    """A set of pairs as people write it."""
+    if not chosen:
+        return "none"
+    return "all" if chosen == pairs else chosen
+
+
+def _named_settings(group: ResolutionGroup) -> str:
+    names = [name for name in ("split", "concat") if getattr(group, f"has_{name}")]
+    return ", ".join(names) or "none"
+
+
+def _short(number: int) -> str:
+    """A count as people read it."""
+    if number < 10**9:
+        return f"{number:,}"
+    digits = str(number)
+    return f"{digits[0]}.{digits[1:3]}e{len(digits) - 1}"
+
+
+def _list(text: io.StringIO, title: str, rows: Sequence[str], most: int = 12) -> None:
+    if not rows:
+        return
+    text.write(f"{title}:\n")
+    for row in rows[:most]:
+        text.write(f"  {row}\n")
+    if len(rows) > most:
+        text.write(f"  and {len(rows) - most} more\n")

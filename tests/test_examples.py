@@ -1,0 +1,197 @@
+"""The examples: the networks of the papers, Table 4, and the digits from end to end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from examples import cifar_models, digits, table4
+from s2d_compiler import DynamicModel, Plan, load, transform
+
+EXAMPLES = Path(digits.__file__).parent
+
+
+@pytest.fixture
+def render() -> Callable[[object], str]:
+    """Print anything that rich prints to a string, at a fixed width."""
+
+    def to_text(renderable: object) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(renderable)
+        return capture.get()
+
+    return to_text
+
+
+def counted_macs(model: nn.Module, *shape: int) -> int:
+    """Count MACs per sample as torch does, two FLOPs each."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.eval()(torch.zeros(1, *shape))
+    return int(counter.get_total_flops()) // 2
+
+
+# S2DNAS, Table 1, to one more digit
+CIFAR_MODELS = {
+    "ResNet-20, projection": (lambda: cifar_models.resnet20("projection"), 40.8),
+    "ResNet-56, projection": (lambda: cifar_models.resnet56("projection"), 125.7),
+    "ResNet-110, projection": (lambda: cifar_models.resnet110("projection"), 253.1),
+    "ResNet-20, padded": (lambda: cifar_models.resnet20("padded"), 40.6),
+    "ResNet-56, padded": (lambda: cifar_models.resnet56("padded"), 125.5),
+    "ResNet-110, padded": (lambda: cifar_models.resnet110("padded"), 252.9),
+    "VGG16-BN": (cifar_models.vgg16_bn, 313.2),
+    "MobileNetV2": (cifar_models.mobilenet_v2, 88.0),
+}
+
+
+@pytest.mark.parametrize(("build", "millions"), CIFAR_MODELS.values(), ids=CIFAR_MODELS.keys())
+def test_cifar_models_cost_what_the_paper_says(
+    build: Callable[[], nn.Module], millions: float
+) -> None:
+    assert round(counted_macs(build(), 3, 32, 32) / 1e6, 1) == millions
+
+
+def test_padded_shortcut_subsamples_and_appends_zeros() -> None:
+    x = torch.randn(2, 3, 4, 6)
+    y = cifar_models.PaddedShortcut(2)(x)
+    assert y.shape == (2, 5, 2, 3)
+    assert torch.equal(y[:, :3], x[:, :, ::2, ::2])
+    assert not y[:, 3:].any()
+
+
+def test_unknown_shortcut_is_refused_with_its_name() -> None:
+    with pytest.raises(ValueError, match="'identity'"):
+        cifar_models.resnet20("identity")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_cifar_models_answer_per_class(classes: int) -> None:
+    for build in (cifar_models.resnet20, cifar_models.vgg16_bn, cifar_models.mobilenet_v2):
+        model = build(num_classes=classes).eval()
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, classes)
+
+
+# Table 4
+
+# Output channels of each stage's layers, as S2DNAS prints them in Table 4.
+TABLE_4_CHANNELS = {"layer1": (6, 2, 8), "layer2": (16, 4, 12), "layer3": (48, 8, 8)}
+
+
+@pytest.fixture(scope="module")
+def table4_model() -> DynamicModel:
+    return table4.compile_table4()
+
+
+@pytest.mark.parametrize(("layer", "channels"), TABLE_4_CHANNELS.items())
+def test_table_4_plan_gives_the_channels_of_the_paper(
+    table4_model: DynamicModel, layer: str, channels: tuple[int, ...]
+) -> None:
+    weights = table4_model.state_dict()
+    for stage, width in enumerate(channels):
+        for convolution in ("conv1", "conv2"):
+            key = f"stages.{stage}.{layer}.4.{convolution}.weight"
+            assert weights[key].shape[0] == width
+
+
+def test_table_4_stage_1_costs_what_its_channels_say(table4_model: DynamicModel) -> None:
+    # On top of the 3x3 convolutions: two projections and the exit head.
+    extra = 6 * 16 * 16 * 16 + 16 * 48 * 8 * 8 + 48 * 10
+    assert table4_model.cost.stages[0].macs == table4.stage_1_by_hand() + extra
+
+
+def test_table_4_report_shows_our_cost_and_the_papers(
+    table4_model: DynamicModel, render: Callable[[object], str]
+) -> None:
+    text = render(table4.report(table4_model))
+    for stage, printed in zip(table4_model.cost.stages, table4.PRINTED, strict=True):
+        assert f"{stage.cumulative_macs:,}" in text
+        assert printed in text
+
+
+# The digits
+
+
+@pytest.fixture
+def digit_plan() -> Plan:
+    return Plan.load(EXAMPLES / "digits.json")
+
+
+def test_held_out_digits_are_not_trained_on() -> None:
+    training, held_out = digits.load_data()
+    assert (len(training), len(held_out)) == (1797 - digits.HELD_OUT, digits.HELD_OUT)
+    assert 0 <= training.images.min() < training.images.max() <= 1
+    assert set(held_out.labels.tolist()) == set(range(10))
+    together = torch.cat([training.labels, held_out.labels]).bincount()
+    assert together.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+
+def test_jitter_moves_by_at_most_one_pixel() -> None:
+    image = torch.zeros(1, 1, 8, 8)
+    image[..., 4, 4] = 1
+    for _ in range(20):
+        _, _, row, column = digits.jitter(image).nonzero()[0].tolist()
+        assert abs(row - 4) <= 1
+        assert abs(column - 4) <= 1
+
+
+def test_static_digit_network_learns_in_a_few_steps() -> None:
+    torch.manual_seed(0)
+    model = digits.build()
+    first = digits.fit(model, F.cross_entropy, learning_rate=1e-2, epochs=2, max_steps=1)
+    last = digits.fit(model, F.cross_entropy, learning_rate=1e-2, epochs=2)
+    assert last < first / 2
+    assert digits.stage_accuracies(model)[0] > 0.5
+
+
+def test_joint_loss_is_the_sum_over_stages() -> None:
+    logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 4])
+    one = F.cross_entropy(logits, labels)
+    assert torch.allclose(digits.joint_loss((logits, logits), labels), 2 * one)
+
+
+def test_finetuning_improves_every_stage(digit_plan: Plan) -> None:
+    torch.manual_seed(0)
+    model = digits.build()
+    digits.fit(model, F.cross_entropy, learning_rate=1e-2, epochs=2)
+    dyn = transform(model, digit_plan)
+    before = digits.stage_accuracies(dyn)
+    digits.fit(dyn, digits.joint_loss, learning_rate=3e-3, epochs=2)
+    after = digits.stage_accuracies(dyn)
+    assert len(before) == len(after) == digit_plan.stages
+    assert all(tuned > untuned for untuned, tuned in zip(before, after, strict=True))
+
+
+def test_demo_commands_hand_files_to_each_other(
+    tmp_path: Path, digit_plan: Plan, render: Callable[[object], str]
+) -> None:
+    model_file, dyn_file = tmp_path / "model.pt", tmp_path / "dyn.pt"
+    tuned_file = tmp_path / "dyn-tuned.pt"
+    digits.train(output=model_file, epochs=1)
+    static = digits.build()
+    static.load_state_dict(torch.load(model_file, weights_only=True))
+    transform(static, digit_plan).save(dyn_file)
+    digits.finetune(dyn_file, output=tuned_file, epochs=1)
+    digits.evaluate(model_file, dyn_file, tuned_file)
+
+    tuned = load(tuned_file)
+    text = render(digits.comparison(static, load(dyn_file), tuned))
+    for stage in tuned.cost.stages:
+        assert f"{stage.cumulative_macs:,}" in text
+    assert f"{digits.stage_accuracies(static)[0]:.1%}" in text
+
+
+@pytest.mark.parametrize("name", ["digits.json", "resnet56_table4.json"])
+def test_example_plans_survive_a_round_trip(name: str) -> None:
+    written = json.loads((EXAMPLES / name).read_text())
+    plan = Plan.from_dict(written)
+    assert Plan.from_dict(plan.to_dict()) == plan
+    assert plan.stages == written["stages"]
