@@ -6,4 +6,12 @@ from passes.exits import AddExits
 from passes.extract import ExtractStages
 from passes.split import SplitChannels
 
-__all__ = ["AddExits", "ConcatFeatures", "ExtractStages", "Pass", "PassResult", "Pipeline", "SplitChannels"]
+__all__ = [
+    "AddExits",
+    "ConcatFeatures",
+    "ExtractStages",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "SplitChannels",
+]

@@ -39,14 +39,14 @@ class Pass(ABC):
     #: Name on command lines and in messages.
     name: ClassVar[str]
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
+    def requires(self, graph_module: fx.GraphModule) -> None:  # noqa: B027 - nothing by default
         """Raise ``PassError`` if the pass cannot run on this graph."""
 
     @abstractmethod
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph."""
 
-    def ensures(self, graph_module: fx.GraphModule) -> None:
+    def ensures(self, graph_module: fx.GraphModule) -> None:  # noqa: B027 - nothing by default
         """Raise ``PassError`` if the rewritten graph is not what the pass promises."""
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
@@ -78,7 +78,9 @@ class Pipeline:
     passes: tuple[Pass, ...]
 
     def run(
-        self, graph_module: fx.GraphModule, between: Callable[[Pass, fx.GraphModule], None] | None = None
+        self,
+        graph_module: fx.GraphModule,
+        between: Callable[[Pass, fx.GraphModule], None] | None = None,
     ) -> fx.GraphModule:
         """Run all passes.
 

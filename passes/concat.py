@@ -37,7 +37,9 @@ class ConcatFeatures(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         builder = StageBuilder(graph_module, self.assignment, reuse=True)
-        wider = [n for n in graph_module.graph.nodes if "layer" in n.meta and self._is_wider(builder, n)]
+        wider = [
+            n for n in graph_module.graph.nodes if "layer" in n.meta and self._is_wider(builder, n)
+        ]
         for target in {str(n.target) for n in wider}:
             remove_module(graph_module, target)
         for thin in wider:

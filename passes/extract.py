@@ -48,13 +48,15 @@ class _Extraction:
     def run(self) -> fx.GraphModule:
         graph = self.graph_module.graph
         output = next(node for node in graph.nodes if node.op == "output")
-        self.exits: list[tuple[fx.Node, ...]] = list(output.args[0])  # type: ignore[arg-type]
+        self.exits: list[tuple[fx.Node, ...]] = list(output.args[0])
         self._place(output)
         self._localise_sizes()
         result = fx.GraphModule(nn.Module(), fx.Graph(), class_name="DynamicNetwork")
         result.meta["slices"] = {}
         environment = {
-            node: result.graph.placeholder(str(node.target)) for node in graph.nodes if node.op == "placeholder"
+            node: result.graph.placeholder(str(node.target))
+            for node in graph.nodes
+            if node.op == "placeholder"
         }
         predictions: list[fx.Node] = []
         for stage in range(1, len(self.exits) + 1):
@@ -75,7 +77,9 @@ class _Extraction:
 
     def _is_local(self, node: fx.Node) -> bool:
         """Attributes and sizes are made again in every stage that uses them."""
-        return node.op == "get_attr" or node.target is aten.sym_size.int or self._is_arithmetic(node)
+        return (
+            node.op == "get_attr" or node.target is aten.sym_size.int or self._is_arithmetic(node)
+        )
 
     def _is_arithmetic(self, node: fx.Node) -> bool:
         return (
@@ -90,26 +94,34 @@ class _Extraction:
             if node.target is aten.sym_size.int:
                 self.stage_of.pop(node, None)
 
-    def _call(self, result: fx.GraphModule, stage: int, environment: dict[fx.Node, fx.Node]) -> fx.Node:
+    def _call(
+        self, result: fx.GraphModule, stage: int, environment: dict[fx.Node, fx.Node]
+    ) -> fx.Node:
         part = _StageGraph(self, stage)
         handed = [
             node
             for node in part.own
-            if not self._is_local(node)
-            and any(self.stage_of.get(user, 0) > stage for user in self._real_users(node))
-            or any(node in leaves for leaves in self.exits[stage:]) and node in part.own_set
+            if (
+                not self._is_local(node)
+                and any(self.stage_of.get(user, 0) > stage for user in self._real_users(node))
+            )
+            or (any(node in leaves for leaves in self.exits[stage:]) and node in part.own_set)
         ]
         part.finish(self.exits[stage - 1], handed)
         module = part.graph_module()
         result.add_submodule(f"stages.{stage - 1}", module)
         for key, where in part.slices.items():
             result.meta["slices"][f"stages.{stage - 1}.{key}"] = where
-        called = result.graph.call_module(f"stages.{stage - 1}", tuple(environment[n] for n in part.inputs))
+        called = result.graph.call_module(
+            f"stages.{stage - 1}", tuple(environment[n] for n in part.inputs)
+        )
         prediction = result.graph.call_function(operator.getitem, (called, 0))
         if handed:
             features = result.graph.call_function(operator.getitem, (called, 1))
             for position, node in enumerate(handed):
-                environment[node] = result.graph.call_function(operator.getitem, (features, position))
+                environment[node] = result.graph.call_function(
+                    operator.getitem, (features, position)
+                )
         return prediction
 
     def _real_users(self, node: fx.Node) -> list[fx.Node]:
@@ -156,7 +168,11 @@ class _StageGraph:
         for node in self.own:
             if not self.work._is_local(node):
                 visit(node)
-        needed.update(n for n in self.work.exits[self.stage - 1] if n not in self.own_set and not self.work._is_local(n))
+        needed.update(
+            n
+            for n in self.work.exits[self.stage - 1]
+            if n not in self.own_set and not self.work._is_local(n)
+        )
         return sorted(needed, key=order.__getitem__)
 
     def _copy(self, node: fx.Node) -> fx.Node:
@@ -209,7 +225,11 @@ def _install(root: nn.Module, name: str, value: Any, persistent: bool) -> str:
     while (found := _find(root, candidate)) is not None:
         if found is value:
             return candidate
-        if isinstance(found, nn.Module) and type(found) is nn.Module and isinstance(value, nn.Module):
+        if (
+            isinstance(found, nn.Module)
+            and type(found) is nn.Module
+            and isinstance(value, nn.Module)
+        ):
             break
         count += 1
         candidate = f"{name}_{count}"
@@ -232,7 +252,9 @@ def keep_unsaved(root: nn.Module, result: fx.GraphModule) -> None:
     """``fx.GraphModule`` copies attributes and forgets which buffers are not saved."""
     for path, module in root.named_modules():
         if type(module) is nn.Module:
-            result.get_submodule(path)._non_persistent_buffers_set |= module._non_persistent_buffers_set
+            result.get_submodule(
+                path
+            )._non_persistent_buffers_set |= module._non_persistent_buffers_set
 
 
 def _find(root: nn.Module, name: str) -> Any:

@@ -36,7 +36,7 @@ class AppendOriginal(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
         output = next(node for node in graph.nodes if node.op == "output")
-        exits = tuple(output.args[0])  # type: ignore[arg-type]
+        exits = tuple(output.args[0])
         name = f"stages.{len(exits)}"
         stage, slices = whole_stage(self.program, f"Stage{len(exits) + 1}")
         graph_module.add_submodule(name, stage)
@@ -59,7 +59,9 @@ def whole_stage(program: Program, class_name: str) -> tuple[fx.GraphModule, dict
         if node.op == "output":
             break
         map_[node] = graph.node_copy(node, map_.__getitem__)
-        map_[node].meta = {k: v for k, v in node.meta.items() if k in ("path", "kind")} | {"origin": node.name}
+        map_[node].meta = {k: v for k, v in node.meta.items() if k in ("path", "kind")} | {
+            "origin": node.name
+        }
         if node.op in ("call_module", "get_attr"):
             _copy_attribute(program, root, str(node.target), slices)
     leaves = program.output.args[0]
@@ -70,7 +72,9 @@ def whole_stage(program: Program, class_name: str) -> tuple[fx.GraphModule, dict
     return result, slices
 
 
-def _copy_attribute(program: Program, root: nn.Module, target: str, slices: dict[str, Slice]) -> None:
+def _copy_attribute(
+    program: Program, root: nn.Module, target: str, slices: dict[str, Slice]
+) -> None:
     value = attribute(program.graph_module, target)
     *containers, last = target.split(".")
     module = root
@@ -88,6 +92,10 @@ def _copy_attribute(program: Program, root: nn.Module, target: str, slices: dict
         return
     slices[target] = Slice(program.sources.get(target, target), (None,) * value.dim())
     if isinstance(value, nn.Parameter):
-        module.register_parameter(last, nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad))
+        module.register_parameter(
+            last, nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
+        )
     else:
-        module.register_buffer(last, value.detach().to("meta"), persistent=target in program.sources)
+        module.register_buffer(
+            last, value.detach().to("meta"), persistent=target in program.sources
+        )

@@ -61,7 +61,8 @@ def _stack(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None:
     assert isinstance(dimension, int)
     dimension %= _value(node).dim()
     wide = [
-        _call(graph, aten.unsqueeze.default, (n, dimension), node, _value(n).unsqueeze(dimension)) for n in operands
+        _call(graph, aten.unsqueeze.default, (n, dimension), node, _value(n).unsqueeze(dimension))
+        for n in operands
     ]
     return _call(graph, aten.cat.default, (wide, dimension), node, node.meta["val"])
 
@@ -89,7 +90,9 @@ def _expand_as(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None
     offset = other.dim() - mine.dim()
     sizes: list[int] = []
     for d, size in enumerate(other.shape):
-        same = d >= offset and (mine.shape[d - offset] is size or str(mine.shape[d - offset]) == str(size))
+        same = d >= offset and (
+            mine.shape[d - offset] is size or str(mine.shape[d - offset]) == str(size)
+        )
         if same:
             sizes.append(-1)
         elif isinstance(size, int):
@@ -104,14 +107,15 @@ def _expand_as(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None
 
 def _slice_scatter(graph: fx.Graph, node: fx.Node, add_constant: AddConstant) -> fx.Node | None:
     base, source, *rest = node.args
-    dimension, start, stop, step = [*rest, *(0, None, None, 1)[len(rest) :]]
-    assert isinstance(dimension, int)
+    given: list[Any] = [*rest, *(0, None, None, 1)[len(rest) :]]
+    dimension, start, stop, step = given
     size = _value(base).shape[dimension]
-    numbers = (start, stop, step)
-    if not isinstance(size, int) or any(isinstance(n, fx.Node) for n in numbers):
+    if not isinstance(size, int) or any(isinstance(n, fx.Node) for n in given):
         return None
     taken = range(size)[slice(start, stop, step)]
-    return _scattered(graph, node, base, source, dimension % _value(base).dim(), list(taken), size, add_constant)
+    return _scattered(
+        graph, node, base, source, dimension % _value(base).dim(), list(taken), size, add_constant
+    )
 
 
 def _select_scatter(graph: fx.Graph, node: fx.Node, add_constant: AddConstant) -> fx.Node | None:
@@ -121,7 +125,13 @@ def _select_scatter(graph: fx.Graph, node: fx.Node, add_constant: AddConstant) -
     size = _value(base).shape[dimension]
     if not isinstance(size, int) or not isinstance(index, int):
         return None
-    wide = _call(graph, aten.unsqueeze.default, (source, dimension), node, _value(source).unsqueeze(dimension))
+    wide = _call(
+        graph,
+        aten.unsqueeze.default,
+        (source, dimension),
+        node,
+        _value(source).unsqueeze(dimension),
+    )
     return _scattered(graph, node, base, wide, dimension, [index % size], size, add_constant)
 
 
@@ -145,10 +155,14 @@ def _scattered(
         parts = [source]
         if taken[0] > 0:
             head = _value(base).narrow(dimension, 0, taken[0])
-            parts.insert(0, _call(graph, aten.slice.Tensor, (base, dimension, 0, taken[0]), node, head))
+            parts.insert(
+                0, _call(graph, aten.slice.Tensor, (base, dimension, 0, taken[0]), node, head)
+            )
         if taken[-1] + 1 < size:
             tail = _value(base).narrow(dimension, taken[-1] + 1, size - taken[-1] - 1)
-            parts.append(_call(graph, aten.slice.Tensor, (base, dimension, taken[-1] + 1, size), node, tail))
+            parts.append(
+                _call(graph, aten.slice.Tensor, (base, dimension, taken[-1] + 1, size), node, tail)
+            )
         return _call(graph, aten.cat.default, (parts, dimension), node, val)
     order = list(range(size))
     for position, index in enumerate(taken):

@@ -49,10 +49,16 @@ class Proof:
 
     def __str__(self) -> str:
         worst = max(self.errors, default=0.0)
-        return f"largest error {worst:.1e} of the output's spread over {len(self.errors)} stages (limit {TOLERANCE:.0e})"
+        stages = len(self.errors)
+        return (
+            f"largest error {worst:.1e} of the output's spread over {stages} stages "
+            f"(limit {TOLERANCE:.0e})"
+        )
 
 
-def check(dyn: DynamicModel, assignment: StageAssignment, *, seed: int = 0, batch: int = 4) -> Proof:
+def check(
+    dyn: DynamicModel, assignment: StageAssignment, *, seed: int = 0, batch: int = 4
+) -> Proof:
     """Prove a fresh transform result.
 
     The stage graphs are built once more from a float64 copy of the program with random
@@ -69,13 +75,16 @@ def check(dyn: DynamicModel, assignment: StageAssignment, *, seed: int = 0, batc
         if not proof.is_vacuous:
             break
     else:
-        log.warning("the check is inconclusive: with random weights the outputs hardly depend on the input")
+        log.warning(
+            "the check is inconclusive: with random weights the outputs hardly depend on the input"
+        )
     for stage, (error, spread) in enumerate(zip(proof.errors, proof.spreads, strict=True), start=1):
         relative = error * spread if spread < VACUOUS else error
         if not relative <= TOLERANCE:
             raise CheckError(
                 f"stage {stage} differs from the masked form by {error:.2e} of the output's spread "
-                f"(limit {TOLERANCE:.0e}): the result is not what the plan says, a defect of the compiler."
+                f"(limit {TOLERANCE:.0e}): the result is not what the plan "
+                "says, a defect of the compiler."
             )
     return proof
 
@@ -126,7 +135,10 @@ def compare(found: Iterable[Any], expected: Iterable[Any]) -> tuple[float, float
     worst, narrowest = 0.0, float("inf")
     for got, want in zip(found, expected, strict=True):
         if not isinstance(want, torch.Tensor) or not want.is_floating_point():
-            worst = max(worst, 0.0 if torch.equal(torch.as_tensor(got), torch.as_tensor(want)) else float("inf"))
+            worst = max(
+                worst,
+                0.0 if torch.equal(torch.as_tensor(got), torch.as_tensor(want)) else float("inf"),
+            )
             continue
         if got.shape != want.shape:
             return float("inf"), 1.0
@@ -147,7 +159,7 @@ def _require_same_graphs(dyn: DynamicModel, staged: DynamicModel) -> None:
             raise CheckError(f"stage {number} is built differently the second time.")
 
 
-# -- a program whose outputs depend on its inputs ------------------------------------------------------
+# -- a program whose outputs depend on its inputs ----------------------------------------------
 
 
 def random_program(program: Program, generator: torch.Generator) -> Program:
@@ -175,15 +187,18 @@ def _random(parameter: torch.Tensor, name: str, generator: torch.Generator) -> t
     noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     if parameter.dim() >= 2:
         fan_in = max(1, parameter[0].numel())
-        return noise * (2.0 / fan_in) ** 0.5
+        return noise.mul(float((2.0 / fan_in) ** 0.5))
     return 1.0 + 0.2 * noise if name.endswith("weight") else 0.2 * noise
 
 
-def random_inputs(program: Program, generator: torch.Generator, batch: int) -> tuple[torch.Tensor, ...]:
+def random_inputs(
+    program: Program, generator: torch.Generator, batch: int
+) -> tuple[torch.Tensor, ...]:
     """Random float64 inputs."""
     count = program.batch or batch
     return tuple(
-        torch.randn(count, *shape, generator=generator, dtype=torch.float64) for shape in program.input_shapes
+        torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+        for shape in program.input_shapes
     )
 
 

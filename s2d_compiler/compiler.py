@@ -139,4 +139,8 @@ def _move_indices(stages: list[fx.GraphModule], program: Program) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what makes a staged network."""
-    return {"s2d_compiler": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    return {
+        "s2d_compiler": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }

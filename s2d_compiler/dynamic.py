@@ -113,13 +113,17 @@ class DynamicModel(nn.Module):
         outputs: list[Any] = []
         features: list[tuple[torch.Tensor, ...]] = []
         for stage, interface in zip(self.stages, self.parts.interfaces, strict=True):
-            leaves, handed = stage(*(self._argument(where, inputs, features) for where in interface.inputs))
+            leaves, handed = stage(
+                *(self._argument(where, inputs, features) for where in interface.inputs)
+            )
             features.append(handed)
             outputs.append(self._structured(leaves))
         return tuple(outputs)
 
     @staticmethod
-    def _argument(where: tuple[Any, ...], inputs: tuple[Any, ...], features: list[tuple[torch.Tensor, ...]]) -> Any:
+    def _argument(
+        where: tuple[Any, ...], inputs: tuple[Any, ...], features: list[tuple[torch.Tensor, ...]]
+    ) -> Any:
         return inputs[where[1]] if where[0] == "input" else features[where[1]][where[2]]
 
     def _structured(self, leaves: tuple[Any, ...]) -> Any:
@@ -130,7 +134,9 @@ class DynamicModel(nn.Module):
         tensors = [v for v in inputs if isinstance(v, torch.Tensor)]
         expected = self.parts.input_shapes
         if len(tensors) != len(expected):
-            raise InputShapeError(f"the network takes {len(expected)} input(s), got {len(tensors)}.")
+            raise InputShapeError(
+                f"the network takes {len(expected)} input(s), got {len(tensors)}."
+            )
         for tensor, shape in zip(tensors, expected, strict=True):
             if tuple(tensor.shape[1:]) != shape:
                 raise InputShapeError(
@@ -170,7 +176,7 @@ def interfaces_of(network: fx.GraphModule) -> tuple[Interface, ...]:
             stage = network.get_submodule(str(node.target))
             assert isinstance(stage, fx.GraphModule)
             output = next(n for n in stage.graph.nodes if n.op == "output")
-            found.append(Interface(inputs, len(output.args[0][1])))  # type: ignore[index, arg-type]
+            found.append(Interface(inputs, len(output.args[0][1])))
         elif node.op == "call_function":
             source, position = node.args
             assert isinstance(source, fx.Node)

@@ -63,7 +63,10 @@ def to_data(dyn: DynamicModel) -> dict[str, Any]:
         "plan": parts.plan.to_dict(),
         "cost": parts.cost.to_dict(),
         "report": parts.report.to_dict(),
-        "interfaces": [{"inputs": [list(i) for i in f.inputs], "features": f.features} for f in parts.interfaces],
+        "interfaces": [
+            {"inputs": [list(i) for i in f.inputs], "features": f.features}
+            for f in parts.interfaces
+        ],
         "owners": torch.tensor(parts.owners, dtype=torch.int16),
         "input_shapes": [list(shape) for shape in parts.input_shapes],
         "batch": parts.batch,
@@ -96,14 +99,24 @@ class _Tables:
             elif node.op == "get_attr":
                 container, _, name = target.rpartition(".")
                 unsaved = name in stage.get_submodule(container)._non_persistent_buffers_set
-                attributes[target] = {"tensor": self._tensor(attribute(stage, target)), "saved": not unsaved}
-        return {"graph": encode_graph(stage.graph, place), "modules": modules, "attributes": attributes}
+                attributes[target] = {
+                    "tensor": self._tensor(attribute(stage, target)),
+                    "saved": not unsaved,
+                }
+        return {
+            "graph": encode_graph(stage.graph, place),
+            "modules": modules,
+            "attributes": attributes,
+        }
 
     def _module(self, module: nn.Module, place: str) -> int:
         if id(module) not in self.module_ids:
             row = encode_module(module, place)
             row["tensors"] = {
-                key: {"tensor": self._tensor(value), "saved": key not in module._non_persistent_buffers_set}
+                key: {
+                    "tensor": self._tensor(value),
+                    "saved": key not in module._non_persistent_buffers_set,
+                }
                 for key, value in [*module._parameters.items(), *module._buffers.items()]
                 if value is not None
             }
@@ -141,7 +154,10 @@ def _dump_spec(spec: Any) -> str:
 def _encode_provenance(provenance: Mapping[str, Slice]) -> dict[str, Any]:
     indices: dict[tuple[int, ...], int] = {}
     rows = {
-        key: [where.source, [None if p is None else indices.setdefault(p, len(indices)) for p in where.index]]
+        key: [
+            where.source,
+            [None if p is None else indices.setdefault(p, len(indices)) for p in where.index],
+        ]
         for key, where in provenance.items()
     }
     return {"indices": [torch.tensor(i, dtype=torch.int32) for i in indices], "slices": rows}
@@ -164,9 +180,21 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
     try:
         data = torch.load(name, map_location=map_location, weights_only=True)
     except FileNotFoundError as error:
-        raise FormatError(f"{name}: no such file; compile one with s2d-compile MODEL --splits PLAN -o {name}.") from error
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError, OSError, KeyError) as error:
-        raise FormatError(f"{name} is not a dyn.pt that can be read ({_sentence(error)}).") from error
+        raise FormatError(
+            f"{name}: no such file; compile one with s2d-compile MODEL --splits PLAN -o {name}."
+        ) from error
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        OSError,
+        KeyError,
+    ) as error:
+        raise FormatError(
+            f"{name} is not a dyn.pt that can be read ({_sentence(error)})."
+        ) from error
     return from_data(data, name)
 
 
@@ -177,18 +205,31 @@ def from_data(data: Any, name: str) -> DynamicModel:
         FormatError: The data is none.
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise FormatError(f"{name} is not a dyn.pt; it may be a model, which s2d-compile turns into one.")
+        raise FormatError(
+            f"{name} is not a dyn.pt; it may be a model, which s2d-compile turns into one."
+        )
     version = data.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise FormatError(
-            f"{name} has format {version!r}, this package reads up to {VERSION}; upgrade s2d-compiler."
+            f"{name} has format {version!r}, this package reads up to {VERSION}; "
+            "upgrade s2d-compiler."
         )
     try:
         return _network(data)
     except S2DError as error:
         raise FormatError(f"{name}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError, RuntimeError) as error:
-        raise FormatError(f"{name} is damaged ({type(error).__name__}: {_sentence(error)}).") from error
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
+        raise FormatError(
+            f"{name} is damaged ({type(error).__name__}: {_sentence(error)})."
+        ) from error
 
 
 def _sentence(error: BaseException) -> str:
@@ -209,7 +250,8 @@ def _network(data: Mapping[str, Any]) -> DynamicModel:
         report=Report.from_dict(data["report"]),
         provenance=_decode_provenance(data["provenance"]),
         interfaces=tuple(
-            Interface(tuple(tuple(i) for i in row["inputs"]), int(row["features"])) for row in data["interfaces"]
+            Interface(tuple(tuple(i) for i in row["inputs"]), int(row["features"]))
+            for row in data["interfaces"]
         ),
         owners=tuple(data["owners"].tolist()),
         input_shapes=tuple(tuple(int(n) for n in shape) for shape in data["input_shapes"]),
@@ -218,7 +260,9 @@ def _network(data: Mapping[str, Any]) -> DynamicModel:
         made_by=dict(data["made_by"]),
     )
     if not len(stages) == len(parts.interfaces) == parts.plan.stages:
-        raise FormatError(f"{len(stages)} stages, but the plan has {parts.plan.stages}; the file is damaged.")
+        raise FormatError(
+            f"{len(stages)} stages, but the plan has {parts.plan.stages}; the file is damaged."
+        )
     dyn = DynamicModel(stages, parts)
     dyn.training = any(m.training for m in modules)
     return dyn
@@ -228,19 +272,31 @@ def _tensor(row: Mapping[str, Any]) -> torch.Tensor:
     data = row["data"]
     if not isinstance(data, torch.Tensor):
         raise FormatError("a tensor is no tensor; the file is damaged.")
-    return nn.Parameter(data, requires_grad=bool(row["requires_grad"])) if row["parameter"] else data
+    return (
+        nn.Parameter(data, requires_grad=bool(row["requires_grad"])) if row["parameter"] else data
+    )
 
 
 def _module(row: Mapping[str, Any], tensors: list[torch.Tensor], place: str) -> nn.Module:
     module = decode_module({k: row[k] for k in ("class", "arguments")}, place)
-    wanted = {k for k, v in [*module._parameters.items(), *module._buffers.items()] if v is not None}
+    wanted = {
+        k for k, v in [*module._parameters.items(), *module._buffers.items()] if v is not None
+    }
     if set(row["tensors"]) != wanted:
-        raise FormatError(f"{place} ({row['class']}) has not the tensors {', '.join(sorted(wanted))}.")
+        raise FormatError(
+            f"{place} ({row['class']}) has not the tensors {', '.join(sorted(wanted))}."
+        )
     for key, where in row["tensors"].items():
-        tensor, slot = tensors[where["tensor"]], module._parameters.get(key, module._buffers.get(key))
+        tensor, slot = (
+            tensors[where["tensor"]],
+            module._parameters.get(key, module._buffers.get(key)),
+        )
         assert slot is not None
         if tensor.shape != slot.shape:
-            raise FormatError(f"{place} ({row['class']}): {key} is {tuple(tensor.shape)}, not {tuple(slot.shape)}.")
+            raise FormatError(
+                f"{place} ({row['class']}): {key} is {tuple(tensor.shape)}, "
+                f"not {tuple(slot.shape)}."
+            )
         if key in module._parameters:
             if not isinstance(tensor, nn.Parameter):
                 raise FormatError(f"{place}: {key} is no parameter.")
@@ -252,7 +308,9 @@ def _module(row: Mapping[str, Any], tensors: list[torch.Tensor], place: str) -> 
     return module.train(bool(row["training"]))
 
 
-def _stage(row: Mapping[str, Any], modules: list[nn.Module], tensors: list[torch.Tensor], number: int) -> fx.GraphModule:
+def _stage(
+    row: Mapping[str, Any], modules: list[nn.Module], tensors: list[torch.Tensor], number: int
+) -> fx.GraphModule:
     place = f"stage {number}"
     graph = decode_graph(row["graph"], place)
     root = nn.Module()
@@ -262,14 +320,20 @@ def _stage(row: Mapping[str, Any], modules: list[nn.Module], tensors: list[torch
         _assign(root, target, tensors[where["tensor"]], bool(where["saved"]), place)
     for node in graph.nodes:
         if node.op == "call_module" and node.target not in row["modules"]:
-            raise FormatError(f"{place}: node {node.name!r} calls {node.target!r}, which the file does not hold.")
+            raise FormatError(
+                f"{place}: node {node.name!r} calls {node.target!r}, which the file does not hold."
+            )
         if node.op == "get_attr" and node.target not in row["attributes"]:
-            raise FormatError(f"{place}: node {node.name!r} reads {node.target!r}, which the file does not hold.")
+            raise FormatError(
+                f"{place}: node {node.name!r} reads {node.target!r}, which the file does not hold."
+            )
     graph.lint()
     result = fx.GraphModule(root, graph, class_name=f"Stage{number}")
     for path, module in root.named_modules():
         if type(module) is nn.Module:
-            result.get_submodule(path)._non_persistent_buffers_set |= module._non_persistent_buffers_set
+            result.get_submodule(
+                path
+            )._non_persistent_buffers_set |= module._non_persistent_buffers_set
     result.training = any(m.training for m in result.children())
     return result
 

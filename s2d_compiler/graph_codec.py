@@ -17,7 +17,15 @@ from torch import fx, nn
 from s2d_compiler.errors import FormatError
 
 _MODULES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {}
-_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+_CONVOLUTION = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+)
 _BATCH_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 for _rank in (1, 2, 3):
     _MODULES[f"Conv{_rank}d"] = (getattr(nn, f"Conv{_rank}d"), _CONVOLUTION)
@@ -40,18 +48,31 @@ _WITH_BIAS = ("Conv", "Linear", "LayerNorm")
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem,
-    **{f"operator.{n}": getattr(operator, n) for n in ("add", "sub", "mul", "floordiv", "mod", "neg", "truediv")},
+    **{
+        f"operator.{n}": getattr(operator, n)
+        for n in ("add", "sub", "mul", "floordiv", "mod", "neg", "truediv")
+    },
     "operator.pow": operator.pow,
-    **{n: getattr(torch, n) for n in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite")},
+    **{
+        n: getattr(torch, n)
+        for n in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite")
+    },
     "builtins.int": builtins.int,
 }
 _FUNCTION_NAMES = {v: k for k, v in _FUNCTIONS.items()}
 #: Operators that read files or memory of their own choosing.
 _FORBIDDEN = ("from_file", "set_", "_cuda", "record_stream", "resize", "data_ptr", "as_strided")
-_DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+_DTYPES = {
+    str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)
+}
 _FORMATS = {
     str(v).removeprefix("torch."): v
-    for v in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d, torch.preserve_format)
+    for v in (
+        torch.contiguous_format,
+        torch.channels_last,
+        torch.channels_last_3d,
+        torch.preserve_format,
+    )
 }
 _SMALL = (str, int, float, bool, type(None))
 
@@ -72,8 +93,8 @@ def operator_to_name(target: Any, place: str) -> str:
     if target in _FUNCTION_NAMES:
         return _FUNCTION_NAMES[target]
     raise FormatError(
-        f"{place}: {getattr(target, '__name__', target)!r} is a Python function, which a dyn.pt cannot "
-        "hold (it holds data, no code); express the node with ATen operators."
+        f"{place}: {getattr(target, '__name__', target)!r} is a Python function, which a dyn.pt "
+        "cannot hold (it holds data, no code); express the node with ATen operators."
     )
 
 
@@ -86,14 +107,25 @@ def operator_from_name(name: str, place: str) -> Any:
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
     parts = name.split(".")
-    if len(parts) != 3 or parts[0] not in ("aten", "torchvision") or not all(p.isidentifier() for p in parts):
-        raise FormatError(f"{place}: {name!r} is not an operator that a dyn.pt may hold (aten and torchvision only).")
+    if (
+        len(parts) != 3
+        or parts[0] not in ("aten", "torchvision")
+        or not all(p.isidentifier() for p in parts)
+    ):
+        raise FormatError(
+            f"{place}: {name!r} is not an operator that a dyn.pt may hold "
+            "(aten and torchvision only)."
+        )
     packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
     target = getattr(packet, parts[2], None) if packet is not None else None
     if not isinstance(target, torch._ops.OpOverload):
-        raise FormatError(f"{place}: operator {name!r} does not exist in torch {torch.__version__}.")
+        raise FormatError(
+            f"{place}: operator {name!r} does not exist in torch {torch.__version__}."
+        )
     if target._schema.is_mutable or any(parts[1].startswith(f) for f in _FORBIDDEN):
-        raise FormatError(f"{place}: operator {name!r} is not one that a dyn.pt may hold (it is not pure).")
+        raise FormatError(
+            f"{place}: operator {name!r} is not one that a dyn.pt may hold (it is not pure)."
+        )
     return target
 
 
@@ -118,7 +150,9 @@ def encode(value: Any, place: str) -> Any:
         return {"layout": str(value).removeprefix("torch.")}
     if isinstance(value, slice):
         return {"slice": [encode(v, place) for v in (value.start, value.stop, value.step)]}
-    raise FormatError(f"{place}: an argument of type {type(value).__name__} cannot be stored in a dyn.pt.")
+    raise FormatError(
+        f"{place}: an argument of type {type(value).__name__} cannot be stored in a dyn.pt."
+    )
 
 
 def decode(value: Any, nodes: Mapping[str, fx.Node], place: str) -> Any:
@@ -148,7 +182,9 @@ def decode(value: Any, nodes: Mapping[str, fx.Node], place: str) -> Any:
             return torch.device(content)
         except RuntimeError as error:
             raise FormatError(f"{place}: {content!r} is not a device.") from error
-    raise FormatError(f"{place}: {str(value)[:80]} is not an argument, or names a node that comes later.")
+    raise FormatError(
+        f"{place}: {str(value)[:80]} is not an argument, or names a node that comes later."
+    )
 
 
 # -- graphs ----------------------------------------------------------------------------------------
@@ -159,11 +195,17 @@ def encode_graph(graph: fx.Graph, place: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for node in graph.nodes:
         at = f"{place}, node {node.name!r}"
-        target = operator_to_name(node.target, at) if node.op == "call_function" else str(node.target)
+        target = (
+            operator_to_name(node.target, at) if node.op == "call_function" else str(node.target)
+        )
         row = {"name": node.name, "op": node.op, "target": target, "args": encode(node.args, at)}
         if node.kwargs:
             row["kwargs"] = {k: encode(v, at) for k, v in node.kwargs.items()}
-        kept = {k: node.meta[k] for k in ("origin", "path", "kind", "macs") if isinstance(node.meta.get(k), str | int)}
+        kept = {
+            k: node.meta[k]
+            for k in ("origin", "path", "kind", "macs")
+            if isinstance(node.meta.get(k), str | int)
+        }
         if kept:
             row["meta"] = kept
         rows.append(row)
@@ -196,7 +238,9 @@ def decode_graph(rows: Any, place: str) -> fx.Graph:
         if not isinstance(args, tuple) or name in nodes:
             raise FormatError(f"{at}: its arguments are no tuple, or its name is taken.")
         created = graph.create_node(kind, target, args, kwargs, name=name)
-        created.meta = {k: v for k, v in dict(row.get("meta", {})).items() if isinstance(v, str | int)}
+        created.meta = {
+            k: v for k, v in dict(row.get("meta", {})).items() if isinstance(v, str | int)
+        }
         nodes[name] = created
     return graph
 
@@ -214,7 +258,7 @@ def _string(row: Mapping[str, Any], key: str, place: str) -> str:
     return value
 
 
-# -- modules ----------------------------------------------------------------------------------------
+# -- modules --------------------------------------------------------------------------------------
 
 
 def encode_module(module: nn.Module, place: str) -> dict[str, Any]:
@@ -226,8 +270,8 @@ def encode_module(module: nn.Module, place: str) -> dict[str, Any]:
     name = type(module).__name__
     if name not in _MODULES or type(module) is not _MODULES[name][0]:
         raise FormatError(
-            f"{place}: modules of class {type(module).__module__}.{name} cannot be stored in a dyn.pt, "
-            f"which holds {', '.join(sorted(_MODULES))}."
+            f"{place}: modules of class {type(module).__module__}.{name} cannot be stored "
+            f"in a dyn.pt, which holds {', '.join(sorted(_MODULES))}."
         )
     arguments: dict[str, Any] = {}
     for key in _MODULES[name][1]:
@@ -250,10 +294,14 @@ def decode_module(row: Any, place: str) -> nn.Module:
     arguments = row.get("arguments")
     allowed = {*keys, "bias"} if row["class"].startswith(_WITH_BIAS) else set(keys)
     if not isinstance(arguments, dict) or set(arguments) != allowed:
-        raise FormatError(f"{place}: {row['class']} has not the arguments {', '.join(sorted(allowed))}.")
+        raise FormatError(
+            f"{place}: {row['class']} has not the arguments {', '.join(sorted(allowed))}."
+        )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
     if not all(isinstance(v, (*_SMALL, tuple)) for v in values.values()):
-        raise FormatError(f"{place}: {row['class']} has an argument that is neither a number nor text.")
+        raise FormatError(
+            f"{place}: {row['class']} has an argument that is neither a number nor text."
+        )
     if kind is not nn.Dropout and not row["class"].endswith("Dropout") and kind is not nn.Dropout2d:
         values["device"] = "meta"
     try:

@@ -18,11 +18,7 @@ from torch.nn import functional
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.analysis.labels import VERSIONED, Labels
 from s2d_compiler.layout import channel_dimensions, layout, take
-from s2d_compiler.program import shape_of
-from s2d_compiler.raising import schema_arguments
 from s2d_compiler.rules.layers import is_cut_between, is_layer
-
-_REDUCTIONS = ("aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.prod", "aten.var", "aten.std")
 
 
 def masked_outputs(assignment: StageAssignment, inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -96,9 +92,9 @@ class _Run:
             return module(*args)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    # -- layers -------------------------------------------------------------------------------------
+    # -- layers --------------------------------------------------------------------------------
 
-    def _layer(self, node: fx.Node, module: nn.Module, source: torch.Tensor) -> torch.Tensor:
+    def _layer(self, node: fx.Node, module: nn.Module, source: Any) -> Any:
         mask = self._column_mask(node, module)
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         groups = int(getattr(module, "groups", 1))
@@ -107,7 +103,9 @@ class _Run:
             masked = weight * mask.reshape(-1).to(weight.dtype).reshape(shape)
         else:
             per_row = mask.repeat_interleave(weight.shape[0] // groups, dim=0)
-            masked = weight * per_row.to(weight.dtype).reshape(*per_row.shape, *[1] * (weight.dim() - 2))
+            masked = weight * per_row.to(weight.dtype).reshape(
+                *per_row.shape, *[1] * (weight.dim() - 2)
+            )
         parameters = dict(module.named_parameters()) | {"weight": masked}
         return torch.func.functional_call(module, parameters, (source,))
 
@@ -127,7 +125,7 @@ class _Run:
             by_group = np.broadcast_to(by_group.any(axis=0), by_group.shape)
         return torch.from_numpy(np.ascontiguousarray(by_group))
 
-    # -- coupled operators ----------------------------------------------------------------------------
+    # -- coupled operators ---------------------------------------------------------------------
 
     def _coupled(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """Evaluate on the stage's own channels, with their own count."""
@@ -149,13 +147,15 @@ class _Run:
         dimension = channel_dimensions(owners.shape)[0]
         return full.index_copy(dimension, torch.from_numpy(own), result)
 
-    def _apply(self, node: fx.Node, part: torch.Tensor, rest: Any, kwargs: Any, own: Any) -> torch.Tensor:
+    def _apply(
+        self, node: fx.Node, part: torch.Tensor, rest: Any, kwargs: Any, own: Any
+    ) -> torch.Tensor:
         if node.op != "call_module":
             return node.target(part, *rest, **kwargs)  # type: ignore[operator, no-any-return]
         module = self.program.module(node)
         index = torch.from_numpy(own)
-        weight = None if module.weight is None else module.weight[index]  # type: ignore[index]
-        bias = None if module.bias is None else module.bias[index]  # type: ignore[index]
+        weight = None if module.weight is None else module.weight[index]
+        bias = None if module.bias is None else module.bias[index]
         if isinstance(module, nn.GroupNorm):
             return functional.group_norm(part, module.num_groups, weight, bias, module.eps)
         assert isinstance(module, nn.LayerNorm)
@@ -167,13 +167,3 @@ def static_outputs(assignment: StageAssignment, inputs: tuple[Any, ...]) -> tupl
     with torch.no_grad():
         result = assignment.program.graph_module(*inputs)
     return tuple(result)
-
-
-def output_shape(assignment: StageAssignment) -> tuple[int, ...]:
-    """Shape of the first output at the sample batch."""
-    leaves = assignment.program.output.args[0]
-    assert isinstance(leaves, list | tuple) and isinstance(leaves[0], fx.Node)
-    return shape_of(leaves[0])
-
-
-__all__ = ["masked_outputs", "output_shape", "schema_arguments", "static_outputs"]

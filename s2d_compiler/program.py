@@ -84,7 +84,7 @@ class Program:
     def output(self) -> fx.Node:
         return next(node for node in reversed(list(self.nodes)) if node.op == "output")
 
-    def module(self, node: fx.Node) -> nn.Module:
+    def module(self, node: fx.Node) -> Any:
         """The raised module that a ``call_module`` node calls."""
         assert node.op == "call_module"
         return self.graph_module.get_submodule(str(node.target))
@@ -110,10 +110,11 @@ def concrete(size: Any) -> int:
     if isinstance(size, int):
         return size
     expression = size.node.expr
-    return int(expression.subs({symbol: SAMPLE_BATCH for symbol in expression.free_symbols}))
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, SAMPLE_BATCH)))
 
 
 def is_symbolic(size: Any) -> bool:
+    """Whether a size depends on the batch."""
     return not isinstance(size, int)
 
 
@@ -139,7 +140,9 @@ def batch_dimensions(node: fx.Node) -> tuple[int, ...]:
 
 def is_scalar(node: fx.Node) -> bool:
     """Whether a node computes a number (a size), not a tensor."""
-    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)
+    return isinstance(
+        node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool
+    )
 
 
 def path_of(node: fx.Node) -> str:
@@ -161,5 +164,9 @@ def operator_name(node: fx.Node) -> str:
         return str(kind) if kind else str(node.target)
     if node.op == "call_function":
         target = node.target
-        return str(target) if isinstance(target, torch._ops.OpOverload) else str(getattr(target, "__name__", target))
+        return (
+            str(target)
+            if isinstance(target, torch._ops.OpOverload)
+            else str(getattr(target, "__name__", target))
+        )
     return f"{node.op} {node.target}"

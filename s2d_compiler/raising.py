@@ -69,7 +69,9 @@ def _batch_norm(a: Mapping[str, Any]) -> nn.Module | None:
     tracked = a["running_mean"] is not None
     if a["training"] and tracked:
         return None
-    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[operand.dim()]
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[
+        operand.dim()
+    ]
     return kind(
         int(operand.shape[1]),
         eps=a["eps"],
@@ -198,7 +200,11 @@ class Raiser:
             value = arguments.get(argument)
             if value is None:
                 continue
-            if not isinstance(value, fx.Node) or value.op != "get_attr" or value.target not in self.sources:
+            if (
+                not isinstance(value, fx.Node)
+                or value.op != "get_attr"
+                or value.target not in self.sources
+            ):
                 return
             owned[attribute] = str(value.target)
         module = entry.build(values)
@@ -221,16 +227,29 @@ class Raiser:
         if not names:
             return path or f"_{node.name}"
         expected = {f"{path}.{attribute}" if path else attribute for attribute in owned}
-        if path and expected == set(names):
+        if path and (expected == set(names) or self._holds(path, owned)):
             return path
         weight = self.sources[owned["weight"]] if "weight" in owned else names[0]
         return weight.removesuffix(".weight")
 
+    def _holds(self, path: str, owned: Mapping[str, str]) -> bool:
+        """Whether the original has a module of its own at ``path`` that holds these tensors,
+        some of which another module holds first (tied weights)."""
+        modules = dict(self.original.named_modules())
+        tensors = {a: _get(self.graph_module, target) for a, target in owned.items()}
+        found = modules.get(path)
+        return found is not None and all(getattr(found, a, None) is t for a, t in tensors.items())
+
     def _install(
-        self, path: str, configuration: Any, module: nn.Module, owned: Mapping[str, str], node: fx.Node
+        self,
+        path: str,
+        configuration: Any,
+        module: nn.Module,
+        owned: Mapping[str, str],
+        node: fx.Node,
     ) -> str:
         name, count = path, 1
-        while name in self.raised or self._is_occupied(name):
+        while name in self.raised or self._is_occupied(name, owned):
             if name in self.raised and self.raised[name][0] == configuration:
                 return name
             count += 1
@@ -252,7 +271,10 @@ class Raiser:
 
     def _copy_counter(self, name: str, module: nn.Module, owned: Mapping[str, str]) -> None:
         """Give a norm its batch counter, which no operator reads in evaluation mode."""
-        if "num_batches_tracked" not in module._buffers or module._buffers["num_batches_tracked"] is None:
+        if (
+            "num_batches_tracked" not in module._buffers
+            or module._buffers["num_batches_tracked"] is None
+        ):
             return
         prefix = self.sources[owned["running_mean"]].rpartition(".")[0]
         key = f"{prefix}.num_batches_tracked" if prefix else "num_batches_tracked"
@@ -264,15 +286,17 @@ class Raiser:
         module._buffers["num_batches_tracked"] = counter
         self.sources[f"{name}.num_batches_tracked"] = key
 
-    def _is_occupied(self, name: str) -> bool:
-        """Whether a plain attribute (a parameter of the same path) stands there already."""
-        if name in self.raised:
-            return False
+    def _is_occupied(self, name: str, owned: Mapping[str, str]) -> bool:
+        """Whether something else than the tensors that the module owns stands there: a plain
+        tensor of that path, or a module with tensors or children of its own."""
         try:
             found = _get(self.graph_module, name)
         except AttributeError:
             return False
-        return not (isinstance(found, nn.Module) and type(found) is nn.Module)
+        if not isinstance(found, nn.Module) or type(found) is not nn.Module:
+            return True
+        content = {*found._modules, *found._parameters, *found._buffers}
+        return not {f"{name}.{key}" for key in content} <= set(owned.values())
 
 
 def _get(root: nn.Module, target: str) -> Any:

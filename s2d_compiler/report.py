@@ -81,13 +81,16 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON and ``dyn.pt``."""
-        return _plain(asdict(self))
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """Read what ``to_dict`` wrote."""
         return cls(
-            layers=tuple(LayerReport(**{**r, "channels": tuple(r["channels"])}) for r in data["layers"]),
+            layers=tuple(
+                LayerReport(**{**r, "channels": tuple(r["channels"])}) for r in data["layers"]
+            ),
             coupled=tuple(CoupledUse(**r) for r in data["coupled"]),
             unknown=tuple(UnknownUse(**r) for r in data["unknown"]),
             dropped=Dropped(tuple(data["dropped"]["modules"]), tuple(data["dropped"]["unused"])),
@@ -102,20 +105,35 @@ class Report:
         text = io.StringIO()
         cut = sum(r.status == "cut" for r in self.layers)
         heads = [r.layer for r in self.layers if r.status == "prediction"]
-        text.write(f"{cut} of {len(self.layers)} layers cut, {self.cut_share:.1%} of the MACs in cut layers\n")
-        text.write(f"exit heads from: {', '.join(heads) if heads else 'none (the output is the features)'}\n")
+        count = len(self.layers)
+        text.write(f"{cut} of {count} layers cut, {self.cut_share:.1%} of the MACs in cut layers\n")
+        named = ", ".join(heads) if heads else "none (the output is the features)"
+        text.write(f"exit heads from: {named}\n")
         if self.stage_one and self.original_macs:
             share = sum(m for _, m in self.stage_one) / self.original_macs
             rows = [f"{m / self.original_macs:.3f} {kind}" for kind, m in self.stage_one]
             _section(text, f"stage 1 costs {share:.3f} of the original", rows)
-        _section(text, "left whole", [f"{r.layer}: {r.reason} ({r.macs:,} MACs)" for r in self.whole])
-        _section(text, "coupled, run once per stage", [f"{c.operator} in {c.path!r}" for c in self.coupled])
+        _section(
+            text, "left whole", [f"{r.layer}: {r.reason} ({r.macs:,} MACs)" for r in self.whole]
+        )
+        _section(
+            text,
+            "coupled, run once per stage",
+            [f"{c.operator} in {c.path!r}" for c in self.coupled],
+        )
         _section(
             text,
             "without a rule, run once per stage at full size",
-            [f"{u.operator} in {u.path!r}: {u.reason} ({u.macs:,} MACs a run)" for u in self.unknown],
+            [
+                f"{u.operator} in {u.path!r}: {u.reason} ({u.macs:,} MACs a run)"
+                for u in self.unknown
+            ],
         )
-        _section(text, "not in the graph (evaluation mode drops it)", [*self.dropped.modules, *self.dropped.unused])
+        _section(
+            text,
+            "not in the graph (evaluation mode drops it)",
+            [*self.dropped.modules, *self.dropped.unused],
+        )
         _section(text, "notes", list(self.notes))
         return text.getvalue().rstrip()
 
@@ -151,7 +169,9 @@ def report_of(assignment: StageAssignment, first_stage: fx.GraphModule | None = 
         if name is None:
             reason = reasons.get(node.name, "it has no channels of its own")
             status = "whole" if node.name in reasons or not is_layer(node) else "shared"
-            rows.append(LayerReport(path_of(node) or operator_name(node), status, reason, "", macs, ()))
+            rows.append(
+                LayerReport(path_of(node) or operator_name(node), status, reason, "", macs, ())
+            )
             continue
         layer = channels.layers[name]
         status, reason, owned = _status(assignment, node.name, name)
@@ -161,7 +181,8 @@ def report_of(assignment: StageAssignment, first_stage: fx.GraphModule | None = 
     return Report(
         layers=tuple(rows),
         coupled=tuple(
-            CoupledUse(n, operator_name(program.by_name[n]), path_of(program.by_name[n])) for n in channels.coupled
+            CoupledUse(n, operator_name(program.by_name[n]), path_of(program.by_name[n]))
+            for n in channels.coupled
         ),
         unknown=tuple(sorted(channels.unknown, key=lambda u: -u.macs)),
         dropped=program.dropped,
@@ -187,7 +208,10 @@ def _status(assignment: StageAssignment, node: str, name: str) -> tuple[str, str
     if pinned.issuperset(rows.tolist()):
         return "whole", "its output gates channels of others, so it belongs to stage 1", owned
     atoms = len(np.unique(rows))
-    reason = f"its {len(rows)} channels move as {atoms} (tied by the operators between layers), so stage {empty} owns none"
+    reason = (
+        f"its {len(rows)} channels move as {atoms} (tied by the operators between layers), "
+        f"so stage {empty} owns none"
+    )
     return "whole", reason, owned
 
 
@@ -195,7 +219,9 @@ def _status(assignment: StageAssignment, node: str, name: str) -> tuple[str, str
 STAGE_ONE_LIMIT = 0.35
 
 
-def stage_one_costs(assignment: StageAssignment, stage: fx.GraphModule, original: int) -> tuple[tuple[str, int], ...]:
+def stage_one_costs(
+    assignment: StageAssignment, stage: fx.GraphModule, original: int
+) -> tuple[tuple[str, int], ...]:
     """MACs of stage 1 by what keeps them from falling with the square of its channels."""
     program, channels = assignment.program, assignment.channels
     unknown = {u.node for u in channels.unknown}

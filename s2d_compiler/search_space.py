@@ -21,8 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import nn
+from torch import fx, nn
 
 from s2d_compiler.analysis.assignment import assign
 from s2d_compiler.analysis.channels import (
@@ -36,7 +35,7 @@ from s2d_compiler.analysis.cost import static_macs
 from s2d_compiler.analysis.labels import has_atoms
 from s2d_compiler.errors import PlanError
 from s2d_compiler.plan import Concat, Pair, Plan, Setting, Split
-from s2d_compiler.plan_rules import check_counts
+from s2d_compiler.plan_rules import check_counts, fail, is_list, show
 from s2d_compiler.program import Dropped, Program, operator_name, path_of
 from s2d_compiler.report import CoupledUse
 from s2d_compiler.rules.layers import is_cut_between, is_layer
@@ -168,7 +167,7 @@ class SearchSpace:
     @property
     def size(self) -> int:
         """Number of plans: one setting for each resolution, each chosen freely."""
-        return self.choices ** len(self.groups_by_resolution)
+        return math.prod(self.choices for _ in self.groups_by_resolution)
 
     @property
     def distinct_size(self) -> int:
@@ -215,9 +214,9 @@ class SearchSpace:
         for group in self.groups_by_resolution:
             if group.resolution == resolution:
                 return group
-        raise PlanError(
-            f"resolutions.{resolution}: the model has no such resolution; it has "
-            f"{', '.join(self.resolutions) or 'none'}"
+        fail(
+            f"resolutions.{resolution}",
+            f"the model has no such resolution; it has {', '.join(self.resolutions) or 'none'}",
         )
 
     @property
@@ -239,7 +238,9 @@ class SearchSpace:
         Raises:
             PlanError: A resolution that the model does not have, or a setting that breaks a rule.
         """
-        chosen = {self._group(name).resolution: _setting(value) for name, value in settings.items()}
+        chosen = {
+            self._group(name).resolution: _setting(name, value) for name, value in settings.items()
+        }
         default = Setting(starter_split(self.stages, self.groups), self._starter_concat)
         rows = {
             group.resolution: _completed(chosen.get(group.resolution, Setting()), default, group)
@@ -274,16 +275,16 @@ class SearchSpace:
     # Presentation
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON. Sizes are whole numbers of any length."""
+        """Plain data, for JSON; a size that is too long to write has its logarithm alone."""
         return {
             "stages": self.stages,
             "groups": self.groups,
             "input_shape": None if self.input_shape is None else list(self.input_shape),
             "macs": self.macs,
             "cut_share": self.cut_share,
-            "choices": self.choices,
-            "size": self.size,
-            "distinct_size": self.distinct_size,
+            "size": _printable(self.size),
+            "size_log10": math.log10(self.size),
+            "distinct_size": _printable(self.distinct_size),
             "resolutions": [
                 {**asdict(group), "share": self._share(group.macs)}
                 for group in self.groups_by_resolution
@@ -312,12 +313,8 @@ class SearchSpace:
             table.add_column(title, justify="right", overflow="fold")
         for group in self.groups_by_resolution:
             counts = (len(group.layers), group.families, group.channels, group.atoms)
-            table.add_row(
-                group.resolution,
-                _named_settings(group),
-                *map(str, counts),
-                *self._price(group.macs),
-            )
+            named = (group.resolution, _named_settings(group))
+            table.add_row(*named, *map(str, counts), *self._price(group.macs))
         heads = sum(layer.macs for layer in self.predictions)
         rest = self.macs - heads - sum(group.macs for group in self.groups_by_resolution)
         if self.predictions:
@@ -354,24 +351,15 @@ class SearchSpace:
         )
         heads = ", ".join(layer.name for layer in self.predictions)
         text.write(f"exit heads from: {heads or 'none (the output is the features)'}\n")
-        _list(
-            text,
-            "whole in every plan",
-            [f"{w.name}: {w.reason} ({w.macs:,} MACs)" for w in self.whole],
-        )
-        _list(
-            text,
-            "without a rule, run once per stage at full size",
-            [
-                f"{u.operator} in {u.path!r}: {u.reason} ({u.macs:,} MACs a run)"
-                for u in self.unknown
-            ],
-        )
-        _list(
-            text,
-            "coupled, run once per stage",
-            [f"{c.operator} in {c.path!r}" for c in self.coupled],
-        )
+        whole = [f"{row.name}: {row.reason} ({row.macs:,} MACs)" for row in self.whole]
+        unknown = [
+            f"{use.operator} in {use.path!r}: {use.reason} ({use.macs:,} MACs a run)"
+            for use in self.unknown
+        ]
+        coupled = [f"{use.operator} in {use.path!r}" for use in self.coupled]
+        _list(text, "whole in every plan", whole)
+        _list(text, "without a rule, run once per stage at full size", unknown)
+        _list(text, "coupled, run once per stage", coupled)
         gone = [*self.dropped.modules, *self.dropped.unused]
         _list(text, "not in the graph (evaluation mode drops it)", gone)
         _list(text, "notes", [*self.notes, *([f"starter {self.misfit}"] if self.misfit else [])])
@@ -381,10 +369,8 @@ class SearchSpace:
         count = len(self.groups_by_resolution)
         if not count:
             return "1 plan: the model has no channels that can be cut"
-        base = (
-            f"{_short(self.size)} plans: {self.choices:,} settings for each of {count} resolution"
-        )
-        text = base if count == 1 else f"{base}s"
+        where = "1 resolution" if count == 1 else f"each of {count} resolutions"
+        text = f"{_short(self.size)} plans: {_short(self.choices)} settings for {where}"
         if self.distinct_size != self.size:
             text += f"; {_short(self.distinct_size)} of them differ in this model"
         return text
@@ -457,12 +443,6 @@ def inspect_model(
 
 
 def _layers(program: Program, channels: ChannelAnalysis, stages: int) -> tuple[SpaceLayer, ...]:
-    family_of = np.full(channels.atom_count, -1, dtype=np.int64)
-    pinned = np.zeros(channels.atom_count, dtype=bool)
-    for number, family in enumerate(channels.families):
-        family_of[list(family.atoms)] = number
-        pinned[list(family.atoms[: family.pinned])] = True
-    reasons = {use.node: use.reason for use in channels.unknown}
     found: dict[str, SpaceLayer] = {}
     for node in program.nodes:
         if node.op not in ("call_module", "call_function"):
@@ -471,52 +451,51 @@ def _layers(program: Program, channels: ChannelAnalysis, stages: int) -> tuple[S
         name = channels.layer_of.get(node.name)
         if name is None:
             if macs or is_layer(node):
-                found[node.name] = _operator(node.name, program, channels, reasons, macs)
+                found[node.name] = _operator(program, channels, node, macs)
         elif name in found:
-            found[name] = _with_more(found[name], macs)
+            found[name] = replace(found[name], macs=found[name].macs + macs)
         elif node.name in channels.predictions:
             found[name] = SpaceLayer(name, operator_name(node), "prediction", macs=macs)
         else:
-            layer = channels.layers[name]
-            atoms = np.unique(layer.rows)
-            apart = int((~pinned[atoms]).sum()) + bool(pinned[atoms].any())
-            split_by = _largest(
-                {channels.families[f].resolution for f in family_of[atoms]}, channels
-            )
-            reason = ""
-            if apart < stages:
-                reason = f"its {len(layer.rows)} channels are {apart} that can be told apart, for {stages} stages"
-            found[name] = SpaceLayer(
-                name=name,
-                operator=operator_name(node),
-                role="whole" if reason else "cut",
-                reason=reason,
-                split_by=split_by,
-                concat_by=layer.resolution if _reads_channels(program, layer) else "",
-                channels=len(layer.rows),
-                atoms=len(atoms),
-                macs=macs,
-            )
+            found[name] = _layer(program, channels, name, stages, macs)
     return tuple(found.values())
 
 
-def _operator(
-    name: str, program: Program, channels: ChannelAnalysis, reasons: Mapping[str, str], macs: int
+def _layer(
+    program: Program, channels: ChannelAnalysis, name: str, stages: int, macs: int
 ) -> SpaceLayer:
+    """A layer whose output channels have owners."""
+    layer = channels.layers[name]
+    atoms = set(layer.rows.tolist())
+    families = [family for family in channels.families if name in family.writers]
+    pinned = {atom for family in families for atom in family.atoms[: family.pinned]} & atoms
+    apart = len(atoms - pinned) + bool(pinned)
+    reason = ""
+    if apart < stages:
+        reason = f"{apart} of its {len(layer.rows)} channels can be told apart, fewer than stages"
+    return SpaceLayer(
+        name=name,
+        operator=operator_name(program.by_name[layer.layer.nodes[0]]),
+        role="whole" if reason else "cut",
+        reason=reason,
+        split_by=_largest({family.resolution for family in families}, channels),
+        concat_by=layer.resolution if _reads_channels(program, layer) else "",
+        channels=len(layer.rows),
+        atoms=len(atoms),
+        macs=macs,
+    )
+
+
+def _operator(program: Program, channels: ChannelAnalysis, node: fx.Node, macs: int) -> SpaceLayer:
     """A product without weights, or a layer whose channels the analysis does not follow."""
-    node = program.by_name[name]
     role, reason = "follows", ""
-    if name in reasons:
-        role, reason = "whole", reasons[name]
-    elif not has_atoms(channels.labels[name]):
+    refused = [use.reason for use in channels.unknown if use.node == node.name]
+    if refused:
+        role, reason = "whole", refused[0]
+    elif not has_atoms(channels.labels[node.name]):
         role, reason = "whole", "it has no channels of its own"
-    path = str(node.target) if node.op == "call_module" else path_of(node) or name
+    path = str(node.target) if node.op == "call_module" else path_of(node) or node.name
     return SpaceLayer(path, operator_name(node), role, reason, macs=macs)
-
-
-def _with_more(layer: SpaceLayer, macs: int) -> SpaceLayer:
-    """A layer that is called once more."""
-    return replace(layer, macs=layer.macs + macs)
 
 
 def _largest(resolutions: set[str], channels: ChannelAnalysis) -> str:
@@ -554,11 +533,12 @@ def _resolution_groups(
     return tuple(result)
 
 
-def _setting(value: Any) -> Setting:
+def _setting(name: str, value: Any) -> Setting:
     if isinstance(value, Setting):
         return value
-    split, concat = value
-    return Setting(split, concat)
+    if not is_list(value) or len(value) != 2:
+        fail(f"resolutions.{name}", f"{show(value)} is neither a Setting nor (split, concat)")
+    return Setting(*value)
 
 
 def _completed(setting: Setting, default: Setting, group: ResolutionGroup) -> Setting:
@@ -583,12 +563,17 @@ def _named_settings(group: ResolutionGroup) -> str:
     return ", ".join(names) or "none"
 
 
+def _printable(number: int) -> int | None:
+    """A number that Python writes out; it refuses beyond 4300 digits."""
+    return number if number < 10**4000 else None
+
+
 def _short(number: int) -> str:
     """A count as people read it."""
     if number < 10**9:
         return f"{number:,}"
-    digits = str(number)
-    return f"{digits[0]}.{digits[1:3]}e{len(digits) - 1}"
+    exponent = math.floor(math.log10(number))
+    return f"{number // 10 ** (exponent - 2) / 100:.2f}e{exponent}"
 
 
 def _list(text: io.StringIO, title: str, rows: Sequence[str], most: int = 12) -> None:

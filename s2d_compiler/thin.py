@@ -25,7 +25,9 @@ def _tuple(positions: Positions) -> tuple[int, ...]:
     return tuple(positions.tolist())
 
 
-def _slice(program: Program, path: str, key: str, tensor: torch.Tensor, index: tuple[Any, ...]) -> Slice:
+def _slice(
+    program: Program, path: str, key: str, tensor: torch.Tensor, index: tuple[Any, ...]
+) -> Slice:
     name = f"{path}.{key}"
     return Slice(program.sources.get(name, name), normalised(index, tuple(tensor.shape)))
 
@@ -42,7 +44,7 @@ def thin_layer_module(
     """
     module = program.module(node)
     path = str(node.target)
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    weight: torch.Tensor = module.weight
     taken = _tuple(rows)
     chosen = None if columns is None else _tuple(columns)
     rest = (None,) * (weight.dim() - 2)
@@ -52,7 +54,7 @@ def thin_layer_module(
         index = (taken, chosen, *rest)
     slices = {"weight": (weight, _slice(program, path, "weight", weight, index))}
     if module.bias is not None:
-        bias: torch.Tensor = module.bias  # type: ignore[assignment]
+        bias: torch.Tensor = module.bias
         slices["bias"] = (bias, _slice(program, path, "bias", bias, (taken,)))
     per_group = weight.shape[1] if columns is None else len(columns)
     if getattr(module, "transposed", False):
@@ -82,12 +84,14 @@ def _resized_layer(module: nn.Module, inputs: int, outputs: int, groups: int) ->
     if isinstance(module, nn.Linear):
         return nn.Linear(inputs, outputs, **options)
     options |= {k: getattr(module, k) for k in ("stride", "padding", "dilation")}
-    if module.transposed:  # type: ignore[truthy-function]
+    if module.transposed:
         options["output_padding"] = module.output_padding
-    return type(module)(inputs, outputs, module.kernel_size, groups=groups, **options)  # type: ignore[call-arg]
+    return type(module)(inputs, outputs, module.kernel_size, groups=groups, **options)
 
 
-def head_module(program: Program, node: fx.Node, columns: Positions) -> tuple[str, Slices, nn.Module]:
+def head_module(
+    program: Program, node: fx.Node, columns: Positions
+) -> tuple[str, Slices, nn.Module]:
     """All rows and some columns of a prediction layer."""
     module = program.module(node)
     rows = np.arange(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
@@ -127,7 +131,7 @@ def _resized_norm(module: nn.Module, channels: int, groups: int | None) -> nn.Mo
             **options,
         )
     kept = ("eps", "momentum", "affine", "track_running_stats")
-    return type(module)(channels, **{k: getattr(module, k) for k in kept}, **options)  # type: ignore[call-arg]
+    return type(module)(channels, **{k: getattr(module, k) for k in kept}, **options)
 
 
 # -- placing and filling ---------------------------------------------------------------------------
@@ -150,7 +154,9 @@ def place_slices(
     entries = {f"{name}.{k}" if k else name: s for k, (_, s) in slices.items()}
     candidate, count = name, 1
     while _occupied(graph_module, candidate):
-        if all(table.get(k) == s for k, s in entries.items()) and _same_kind(graph_module, candidate, like):
+        if all(table.get(k) == s for k, s in entries.items()) and _same_kind(
+            graph_module, candidate, like
+        ):
             return candidate
         count += 1
         candidate = f"{name}_{count}"
@@ -195,7 +201,9 @@ def meta_copy(module: nn.Module) -> nn.Module:
         k: None if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
         for k, p in module._parameters.items()
     }
-    copied._buffers = {k: None if b is None else b.detach().to("meta") for k, b in module._buffers.items()}
+    copied._buffers = {
+        k: None if b is None else b.detach().to("meta") for k, b in module._buffers.items()
+    }
     copied._modules = {}
     return copied
 

@@ -16,8 +16,8 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
-from s2d_compiler.errors import CaptureError, InputShapeError
 from s2d_compiler.canonicalize import canonicalize
+from s2d_compiler.errors import CaptureError, InputShapeError
 from s2d_compiler.functionalize import functionalize, pieces_to_slices
 from s2d_compiler.program import Dropped, Program
 from s2d_compiler.raising import Raiser
@@ -167,7 +167,9 @@ def _export(
     return fixed, batch
 
 
-def _run_export(model: nn.Module, inputs: tuple[Any, ...], dynamic: Any) -> torch.export.ExportedProgram:
+def _run_export(
+    model: nn.Module, inputs: tuple[Any, ...], dynamic: Any
+) -> torch.export.ExportedProgram:
     with warnings.catch_warnings(), torch.no_grad(), _quiet_export():
         warnings.simplefilter("ignore")
         return torch.export.export(model, inputs, dynamic_shapes=dynamic, strict=False)
@@ -176,7 +178,10 @@ def _run_export(model: nn.Module, inputs: tuple[Any, ...], dynamic: Any) -> torc
 @contextlib.contextmanager
 def _quiet_export() -> Iterator[None]:
     """Keep torch's own logging of a failed export off the terminal; the error says it."""
-    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental", "torch.export", "torch._dynamo")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.fx.experimental", "torch.export", "torch._dynamo")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
@@ -212,9 +217,13 @@ def _where(error: BaseException) -> str:
     """``, at file:line: code`` of the last frame in the model's own source."""
     frames = traceback.extract_tb(error.__traceback__)
     user = [
-        f for f in frames if not f.filename.startswith((_TORCH, _HERE)) and not f.filename.startswith("<")
+        f
+        for f in frames
+        if not f.filename.startswith((_TORCH, _HERE)) and not f.filename.startswith("<")
     ]
-    own = [f for f in user if f.name == "forward"] or [f for f in user if f.line and "capture(" not in f.line]
+    own = [f for f in user if f.name == "forward"] or [
+        f for f in user if f.line and "capture(" not in f.line
+    ]
     if not own:
         return ""
     frame = own[-1]
@@ -232,7 +241,9 @@ def _program(
     notes: list[str],
 ) -> Program:
     lifted = _Lifted(model, exported)
-    graph, written = functionalize(exported.graph_module.graph, lifted.constants, lifted.add_constant)
+    graph, written = functionalize(
+        exported.graph_module.graph, lifted.constants, lifted.add_constant
+    )
     notes += written
     lifted.unlift(graph)
     graph_module = fx.GraphModule(lifted.root, graph, class_name=type(model).__name__)
@@ -339,13 +350,21 @@ def _dropped(model: nn.Module, graph_module: fx.GraphModule, sources: dict[str, 
         if node.op == "get_attr":
             read.add(sources.get(str(node.target), str(node.target)))
         if node.op == "call_module":
-            read |= {source for target, source in sources.items() if target.rpartition(".")[0] == node.target}
+            read |= {
+                source
+                for target, source in sources.items()
+                if target.rpartition(".")[0] == node.target
+            }
     unused = [
         name
         for name, module in model.named_modules()
-        if name and (keys := {f"{name}.{k}" for k, _ in module.named_parameters()}) and not keys & read
+        if name
+        and (keys := {f"{name}.{k}" for k, _ in module.named_parameters()})
+        and not keys & read
     ]
-    top = [n for n in unused if not any(n.startswith(f"{other}.") for other in unused if other != n)]
+    top = [
+        n for n in unused if not any(n.startswith(f"{other}.") for other in unused if other != n)
+    ]
     silent = [
         name
         for name, module in model.named_modules()

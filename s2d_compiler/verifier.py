@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
 from s2d_compiler.errors import PassError
@@ -24,7 +25,9 @@ def verify_graph(graph_module: fx.GraphModule) -> None:
         if node.op == "output":
             continue
         if "stage" not in node.meta:
-            raise PassError(f"node {node.name!r} ({node.op} {node.target}) has no stage; set meta['stage']")
+            raise PassError(
+                f"node {node.name!r} ({node.op} {node.target}) has no stage; set meta['stage']"
+            )
         for operand in node.all_input_nodes:
             if operand.meta.get("stage", 0) > node.meta["stage"] > 0:
                 raise PassError(
@@ -46,11 +49,13 @@ def _require_module(graph_module: fx.GraphModule, node: fx.Node) -> None:
     try:
         graph_module.get_submodule(str(node.target))
     except AttributeError as error:
-        raise PassError(f"node {node.name!r} calls {node.target!r}, which does not exist") from error
+        raise PassError(
+            f"node {node.name!r} calls {node.target!r}, which does not exist"
+        ) from error
 
 
 def _verify_slices(graph_module: fx.GraphModule) -> None:
-    tensors = dict(graph_module.named_parameters(remove_duplicate=False))
+    tensors: dict[str, torch.Tensor] = dict(graph_module.named_parameters(remove_duplicate=False))
     tensors |= dict(graph_module.named_buffers(remove_duplicate=False))
     for name, where in graph_module.meta.get("slices", {}).items():
         tensor = tensors.get(name)
@@ -58,14 +63,21 @@ def _verify_slices(graph_module: fx.GraphModule) -> None:
             continue
         for size, positions in zip(tensor.shape, where.index, strict=True):
             if positions is not None and len(positions) != size:
-                raise PassError(f"{name} has shape {tuple(tensor.shape)}, its slice {len(positions)} positions")
+                raise PassError(
+                    f"{name} has shape {tuple(tensor.shape)}, its slice {len(positions)} positions"
+                )
 
 
 def unused_modules(graph_module: fx.GraphModule) -> list[str]:
     """Modules with tensors that no node calls or reads."""
-    called = {str(n.target) for n in graph_module.graph.nodes if n.op in ("call_module", "get_attr")}
+    called = {
+        str(n.target) for n in graph_module.graph.nodes if n.op in ("call_module", "get_attr")
+    }
     return [
         name
         for name, module in graph_module.named_modules()
-        if name not in called and type(module) is not nn.Module and name and list(module.parameters(recurse=False))
+        if name not in called
+        and type(module) is not nn.Module
+        and name
+        and list(module.parameters(recurse=False))
     ]

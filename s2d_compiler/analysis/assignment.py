@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +67,7 @@ class StageAssignment:
         for columns in channels.columns:
             mine = self.owner_of(columns)
             owner = np.where(owner == NOBODY, np.where(mine == ZERO, NOBODY, mine), owner)
-        alive = (owner == stage) | (owner == NOBODY) | (owner == VERSIONED)
+        alive: npt.NDArray[np.bool_] = (owner == stage) | (owner == NOBODY) | (owner == VERSIONED)
         if reuse:
             for later, earlier in self.reads[layer]:
                 if later == stage:
@@ -93,9 +94,7 @@ def assign(program: Program, channels: ChannelAnalysis, plan: Plan) -> StageAssi
         owners[list(order)] = family_owners(len(order), split, plan.groups)
         owners[list(family.atoms[: family.pinned])] = 1
     _require_every_stage(owners, plan)
-    reads = {
-        name: plan.reads(layer.resolution, name) for name, layer in channels.layers.items()
-    }
+    reads = {name: plan.reads(layer.resolution, name) for name, layer in channels.layers.items()}
     return StageAssignment(program, channels, plan, owners, reads)
 
 
@@ -132,18 +131,20 @@ def _by_weight(program: Program, channels: ChannelAnalysis, family: Family) -> t
 
 def row_weights(program: Program, layer: str) -> npt.NDArray[np.float64]:
     """Sum of absolute weights of every output channel of a layer."""
-    module = program.graph_module.get_submodule(layer)
-    weight = module.weight.detach().double().abs().cpu()  # type: ignore[operator, union-attr]
+    module: Any = program.graph_module.get_submodule(layer)
+    weight = module.weight.detach().double().abs().cpu()
     if not getattr(module, "transposed", False):
         return np.asarray(weight.flatten(1).sum(1))
-    groups = int(module.groups)  # type: ignore[arg-type]
+    groups = int(module.groups)
     by_group = weight.unflatten(0, (groups, -1)).transpose(1, 2)
     return np.asarray(by_group.flatten(2).sum(2).flatten())
 
 
 def _require_every_stage(owners: Owners, plan: Plan) -> None:
     thin = plan.stages - (plan.final == "original")
-    empty = [stage for stage in range(1, thin + 1) if plan.stages > 1 and not (owners == stage).any()]
+    empty = [
+        stage for stage in range(1, thin + 1) if plan.stages > 1 and not (owners == stage).any()
+    ]
     if not empty:
         return
     remedy = "move the cut points apart, or use fewer stages"

@@ -166,7 +166,9 @@ def constant_value(program: Program, node: fx.Node) -> torch.Tensor | None:
     if not values or any(v is None for v in values.values()):
         return None
     args = fx.map_arg(node.args, values.__getitem__)
-    kwargs = {k: v for k, v in fx.map_arg(dict(node.kwargs), values.__getitem__).items() if k != "device"}
+    kwargs = {
+        k: v for k, v in fx.map_arg(dict(node.kwargs), values.__getitem__).items() if k != "device"
+    }
     with torch.no_grad():
         result = node.target(*args, **kwargs)
     return result if isinstance(result, torch.Tensor) else None
@@ -230,7 +232,7 @@ def layer_positions(node: fx.Node) -> int:
 def _predictions(program: Program, trial: _Trial) -> frozenset[str]:
     """Layers all of whose paths end at the output without meeting another, and which share
     no atom with another layer."""
-    context, rules, _ = trial
+    context = trial[0]
     ends = _reaches_output_only(program)
     atoms = context.ties.components()
     writers: dict[int, set[str]] = {}
@@ -245,7 +247,13 @@ def _predictions(program: Program, trial: _Trial) -> frozenset[str]:
         if any(getattr(program.module(n), "groups", 1) != 1 for n in nodes):
             continue
         own = np.unique(atoms[context.rows[key]]).tolist()
-        read = {a for k, many in context.columns.items() if k != key for c in many for a in np.unique(atoms[c[c >= 0]]).tolist()}
+        read = {
+            a
+            for k, many in context.columns.items()
+            if k != key
+            for c in many
+            for a in np.unique(atoms[c[c >= 0]]).tolist()
+        }
         if all(writers[a] == {key} and a not in read for a in own):
             found.update(sites)
     return frozenset(found)
@@ -277,7 +285,9 @@ def _conclude(
 
     layers: dict[str, LayerChannels] = {}
     layer_of: dict[str, str] = {}
-    for key, sites in sorted(context.call_sites.items(), key=lambda item: _order(program, item[1][0])):
+    for key, sites in sorted(
+        context.call_sites.items(), key=lambda item: _order(program, item[1][0])
+    ):
         first = program.by_name[sites[0]]
         source = first.args[0]
         assert isinstance(source, fx.Node)
@@ -290,12 +300,20 @@ def _conclude(
             resolution=resolution(source, channel),
         )
         layer_of.update(dict.fromkeys(sites, name))
-    pins = np.unique(resolve(np.concatenate(context.pins))) if context.pins else np.zeros(0, np.int64)
+    pins = (
+        np.unique(resolve(np.concatenate(context.pins))) if context.pins else np.zeros(0, np.int64)
+    )
     return ChannelAnalysis(
         labels={name: resolve(labels) for name, labels in context.known.items()},
         rules=rules,
         layers=layers,
-        families=_families(program, layers, predictions, set(pins.tolist()), int(atoms.max()) + 1 if len(atoms) else 0),
+        families=_families(
+            program,
+            layers,
+            predictions,
+            set(pins.tolist()),
+            int(atoms.max()) + 1 if len(atoms) else 0,
+        ),
         predictions=predictions,
         heads=_downstream(program, predictions),
         coupled=tuple(dict.fromkeys(context.coupled)),
@@ -352,15 +370,15 @@ def _families(
             readers.setdefault(f, []).append(name)
     result: list[Family] = []
     for f in writers:
-        members = np.flatnonzero(family == f).tolist()
-        members.sort(key=lambda a: (a not in pins, int(rank[a]), a))
+        found = np.flatnonzero(family == f).tolist()
+        atoms = sorted(found, key=lambda a: (a not in pins, int(rank[a]), a))
         result.append(
             Family(
-                atoms=tuple(members),
+                atoms=tuple(atoms),
                 writers=tuple(writers[f]),
                 readers=tuple(readers.get(f, [])),
                 resolution=_largest(program, [layers[w] for w in writers[f]]),
-                pinned=sum(a in pins for a in members),
+                pinned=sum(a in pins for a in atoms),
             )
         )
     return tuple(result)

@@ -60,13 +60,18 @@ class Cost:
         """The stage table, for rich."""
         from rich.table import Table
 
-        table = Table(caption=f"original: {self.original_macs:,} MACs per sample, {self.original_parameters:,} parameters")
+        macs, parameters = self.original_macs, self.original_parameters
+        table = Table(caption=f"original: {macs:,} MACs per sample, {parameters:,} parameters")
         for title in ("stage", "MACs", "cumulative MACs", "of original", "parameters"):
             table.add_column(title, justify="right")
         for number, stage in enumerate(self.stages, start=1):
             share = stage.cumulative_macs / self.original_macs if self.original_macs else 0.0
             table.add_row(
-                str(number), f"{stage.macs:,}", f"{stage.cumulative_macs:,}", f"{share:.3f}", f"{stage.parameters:,}"
+                str(number),
+                f"{stage.macs:,}",
+                f"{stage.cumulative_macs:,}",
+                f"{share:.3f}",
+                f"{stage.parameters:,}",
             )
         return table
 
@@ -80,7 +85,9 @@ class Cost:
                     "macs": s.macs,
                     "cumulative_macs": s.cumulative_macs,
                     "parameters": s.parameters,
-                    "layers": [[row.name, row.operator, row.macs, row.parameters] for row in s.layers],
+                    "layers": [
+                        [row.name, row.operator, row.macs, row.parameters] for row in s.layers
+                    ],
                 }
                 for s in self.stages
             ],
@@ -115,8 +122,8 @@ def node_macs(program: Program, stage: fx.GraphModule, node: fx.Node) -> int:
     if origin is None:
         return 0
     if node.op == "call_module" and is_layer(origin):
-        weight = stage.get_submodule(str(node.target)).weight
-        return int(weight.numel() * layer_positions(origin))  # type: ignore[operator, union-attr, arg-type]
+        weight: Any = stage.get_submodule(str(node.target)).weight
+        return int(weight.numel() * layer_positions(origin))
     if node.op == "call_function" and node.target is origin.target:
         return (find_rule(origin) or UNKNOWN).macs(origin)
     return 0
@@ -132,7 +139,9 @@ def cost_of(program: Program, stages: list[fx.GraphModule]) -> Cost:
         macs = sum(row.macs for row in layers)
         total += macs
         rows.append(StageCost(macs, total, sum(row.parameters for row in layers), tuple(layers)))
-    original = sum(static_macs(program, n) for n in program.nodes if n.op in ("call_module", "call_function"))
+    original = sum(
+        static_macs(program, n) for n in program.nodes if n.op in ("call_module", "call_function")
+    )
     parameters = sum({id(p): p.numel() for p in program.graph_module.parameters()}.values())
     return Cost(tuple(rows), original, parameters)
 

@@ -30,10 +30,12 @@ def uniform(rank: int, mark: int) -> Labels:
 
 
 def has_atoms(labels: Labels) -> bool:
+    """Whether any position belongs to an atom."""
     return bool((labels >= 0).any())
 
 
 def is_versioned(labels: Labels) -> bool:
+    """Whether any position is one value per stage."""
     return bool((labels == VERSIONED).any())
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def operand_of(node: fx.Node) -> fx.Node:
+    """The tensor that an operator works on: its first argument."""
     first = node.args[0]
     if not isinstance(first, fx.Node):
         raise NoRule("its first operand is not a tensor")
@@ -37,7 +38,9 @@ def tie_along(context: ChannelContext, labels: Labels, dimensions: set[int]) -> 
     for d in dimensions:
         if labels.shape[d] > 1:
             first = np.take(labels, [0], axis=d)
-            anchor = np.where((labels >= 0).any(axis=d, keepdims=True), labels.max(axis=d, keepdims=True), first)
+            anchor = np.where(
+                (labels >= 0).any(axis=d, keepdims=True), labels.max(axis=d, keepdims=True), first
+            )
             context.ties.tie(anchor, labels)
 
 
@@ -117,7 +120,9 @@ class Reduction(OperatorRule):
         own = builder.part(source, stage)
         if own is None:
             if stage <= 1:
-                return builder.emit(node, (builder.full(source, stage), *node.args[1:]), dict(node.kwargs), stage)
+                return builder.emit(
+                    node, (builder.full(source, stage), *node.args[1:]), dict(node.kwargs), stage
+                )
             return builder.version(node, stage - 1)
         return builder.emit(node, (own, *node.args[1:]), dict(node.kwargs), stage)
 
@@ -196,15 +201,24 @@ class Pad(OperatorRule):
         result = labels if all(p == (0, 0) for p in pads) else marked(labels)
         mark = ZERO if value == 0 else NOBODY
         for d, (before, after) in enumerate(pads):
-            if (before, after) == (0, 0) or (result.shape[d] == 1 and not self._adds_channels(labels, d, shape)):
+            if (before, after) == (0, 0) or (
+                result.shape[d] == 1 and not self._adds_channels(labels, d, shape)
+            ):
                 continue
             if value is None and labels.shape[d] > 1:
                 raise NoRule("it repeats channels at the border")
             if value is None:
                 continue
             full = np.broadcast_to(result, [*result.shape[:d], shape[d], *result.shape[d + 1 :]])
-            full = full[tuple(slice(max(0, -before), shape[d] - max(0, -after)) if i == d else slice(None) for i in range(full.ndim))]
-            widths = [(max(0, before), max(0, after)) if i == d else (0, 0) for i in range(full.ndim)]
+            full = full[
+                tuple(
+                    slice(max(0, -before), shape[d] - max(0, -after)) if i == d else slice(None)
+                    for i in range(full.ndim)
+                )
+            ]
+            widths = [
+                (max(0, before), max(0, after)) if i == d else (0, 0) for i in range(full.ndim)
+            ]
             result = np.pad(full, widths, constant_values=mark)
         return result
 
@@ -232,13 +246,19 @@ class Pad(OperatorRule):
         labels, rank = builder.labels(source), len(where.frame)
         result = builder.labels(node)
         pads, value = self._pads(node, rank)
-        touched = [d for d in range(rank) if pads[d] != (0, 0) and result.shape[d] > 1 and value is not None]
+        touched = [
+            d
+            for d in range(rank)
+            if pads[d] != (0, 0) and result.shape[d] > 1 and value is not None
+        ]
         if not touched:
             part = builder.read(source, where, stage)
             return builder.emit(node, (part, *node.args[1:]), dict(node.kwargs), stage)
         inner = self._inner(labels, shape_of(source), pads, touched, where)
         if inner is None:
-            whole = builder.emit(node, (builder.full(source, stage), *node.args[1:]), dict(node.kwargs), stage)
+            whole = builder.emit(
+                node, (builder.full(source, stage), *node.args[1:]), dict(node.kwargs), stage
+            )
             return builder.cut(whole, node, where, stage)
         part = builder.read(source, inner, stage)
         spatial = [p for d in reversed(range(rank)) for p in ((0, 0) if d in touched else pads[d])]
@@ -248,7 +268,11 @@ class Pad(OperatorRule):
 
     @staticmethod
     def _inner(
-        labels: Labels, shape: tuple[int, ...], pads: list[tuple[Any, Any]], touched: list[int], where: Layout
+        labels: Labels,
+        shape: tuple[int, ...],
+        pads: list[tuple[Any, Any]],
+        touched: list[int],
+        where: Layout,
     ) -> Layout | None:
         """Operand positions of result positions; None if one of them is padding."""
         coords = list(coordinates(where.frame, np.asarray(where.positions, dtype=np.int64)))
@@ -278,10 +302,7 @@ register(
 register(Window(), ["Dropout2d"])
 register(
     Reduction(),
-    [
-        f"aten.{name}"
-        for name in "mean sum amax amin prod any all var std logsumexp norm linalg_vector_norm".split()
-    ],
+    [f"aten.{name}" for name in "mean sum amax amin prod any all var std logsumexp norm".split()],
 )
 register(Softmax(), ["aten.softmax", "aten._softmax", "aten.log_softmax"])
 register(

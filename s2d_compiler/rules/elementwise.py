@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
+    """Operands that are tensors, not sizes."""
     return [n for n in node.all_input_nodes if not is_scalar(n)]
 
 
@@ -38,15 +39,21 @@ class Elementwise(OperatorRule):
     def labels(self, context: ChannelContext, node: fx.Node) -> Labels:
         shape = shape_of(node)
         operands = [
-            (shape_of(n), context.labels_of(n)) for n in tensor_operands(node) if tensor_value(n) is not None
+            (shape_of(n), context.labels_of(n))
+            for n in tensor_operands(node)
+            if tensor_value(n) is not None
         ]
         return combine(context, shape, operands)
 
     def lower(self, builder: StageBuilder, node: fx.Node, where: Layout, stage: int) -> fx.Node:
         def operand(n: fx.Node) -> fx.Node:
-            return builder.scalar(n, stage) if is_scalar(n) else builder.aligned(n, node, where, stage)
+            return (
+                builder.scalar(n, stage) if is_scalar(n) else builder.aligned(n, node, where, stage)
+            )
 
-        return builder.emit(node, fx.map_arg(node.args, operand), fx.map_arg(dict(node.kwargs), operand), stage)
+        return builder.emit(
+            node, fx.map_arg(node.args, operand), fx.map_arg(dict(node.kwargs), operand), stage
+        )
 
 
 def combine(
@@ -113,16 +120,23 @@ class Metadata(OperatorRule):
 _POINTWISE = """
 relu relu6 sigmoid tanh silu gelu mish hardtanh hardswish hardsigmoid leaky_relu elu selu celu
 softplus softsign threshold log_sigmoid hardshrink softshrink tanhshrink logit glu_none
-add sub mul div rsub pow neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal abs sign
-floor ceil round trunc frac erf sin cos clamp clamp_min clamp_max maximum minimum where
+add sub mul div rsub pow neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal abs
+sign floor ceil round trunc frac erf sin cos clamp clamp_min clamp_max maximum minimum where
 masked_fill lerp addcmul addcdiv floor_divide remainder fmod eq ne lt le gt ge
-logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not isnan isinf nan_to_num
+logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not isnan isinf
+nan_to_num
 clone contiguous detach alias to _to_copy type_as zeros_like ones_like full_like positive
 float half double lift_fresh_copy
 """.split()
 
 ELEMENTWISE = register(
     Elementwise(),
-    ["<pointwise>", *(f"aten.{name}" for name in _POINTWISE), "Dropout", "AlphaDropout", "Identity"],
+    [
+        "<pointwise>",
+        *(f"aten.{name}" for name in _POINTWISE),
+        "Dropout",
+        "AlphaDropout",
+        "Identity",
+    ],
 )
 register(Metadata(), [f"aten.{n}" for n in ("new_zeros", "new_ones", "new_full", "new_empty")])

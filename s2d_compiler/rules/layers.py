@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 from torch import fx, nn
 
 from s2d_compiler.analysis.labels import VERSIONED, Labels, uniform
@@ -148,13 +147,3 @@ register(Linear(), ["Linear"])
 def is_layer(node: fx.Node) -> bool:
     """Whether a node calls a weighted layer."""
     return node.op == "call_module" and node.meta.get("kind") in LAYER_CLASSES
-
-
-def weight_positions(module: nn.Module, rows: torch.Tensor, columns: torch.Tensor | None) -> tuple[
-    tuple[int, ...] | None, ...
-]:
-    """Index of a weight, per dimension, for these output rows and input columns."""
-    chosen = None if columns is None else tuple(columns.tolist())
-    taken = tuple(rows.tolist())
-    rest = (None,) * (module.weight.dim() - 2)  # type: ignore[operator, union-attr]
-    return (chosen, taken, *rest) if getattr(module, "transposed", False) else (taken, chosen, *rest)

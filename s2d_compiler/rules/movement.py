@@ -78,7 +78,9 @@ class Movement(OperatorRule):
         shape = shape_of(source)
         frame = builder.labels(source).shape
         if not where.dimensions and len(frame) and max(frame) == 1:
-            return self._as_it_is(builder, node, builder.read(source, layout(frame, _ALL), stage), stage)
+            return self._as_it_is(
+                builder, node, builder.read(source, layout(frame, _ALL), stage), stage
+            )
         _require_affordable(shape)
         numbers = torch.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
         wanted = take(move(node, numbers, builder.constant), where)
@@ -99,12 +101,22 @@ class Movement(OperatorRule):
         return builder.cut(whole, node, where, stage)
 
     def _operand_positions(
-        self, builder: StageBuilder, source: fx.Node, frame: tuple[int, ...], shape: tuple[int, ...], wanted: torch.Tensor
+        self,
+        builder: StageBuilder,
+        source: fx.Node,
+        frame: tuple[int, ...],
+        shape: tuple[int, ...],
+        wanted: torch.Tensor,
     ) -> Layout:
         """The operand's positions that the wanted elements come from, in order."""
         if builder.is_weight_expression(source):
             frame = tuple(1 if d in batch_dimensions(source) else n for d, n in enumerate(shape))
-        grid = torch.arange(int(np.prod(frame, dtype=np.int64))).reshape(frame).expand(shape).reshape(-1)
+        grid = (
+            torch.arange(int(np.prod(frame, dtype=np.int64)))
+            .reshape(frame)
+            .expand(shape)
+            .reshape(-1)
+        )
         return layout(frame, torch.unique(grid[wanted.reshape(-1)]).numpy())
 
     def _moves_alike(
@@ -186,7 +198,9 @@ class Concatenation(OperatorRule):
         result = wide[0].copy()
         for a in wide[1:]:
             context.ties.tie(result, a)
-            better = ((result < 0) & (a >= 0)) | ((result != VERSIONED) & (result < 0) & (a == VERSIONED))
+            better = ((result < 0) & (a >= 0)) | (
+                (result != VERSIONED) & (result < 0) & (a == VERSIONED)
+            )
             result = np.where(better, a, result)
         return np.where(result == ZERO, NOBODY, result)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 from torch import fx
 
 from s2d_compiler.analysis.labels import Labels, has_atoms
@@ -75,7 +74,9 @@ class GroupNorm(OperatorRule):
         own = builder.own_layout(source, stage)
         if groups >= GROUPS_TO_CUT_BETWEEN:
             groups = len({p // (channels // groups) for p in own.positions})
-        part = builder.thin_per_channel(node, builder.read(source, own, stage), own, stage, groups=groups)
+        part = builder.thin_per_channel(
+            node, builder.read(source, own, stage), own, stage, groups=groups
+        )
         return builder.choose(part, own, where, stage)
 
 
@@ -103,15 +104,6 @@ class LayerNorm(OperatorRule):
         own = builder.own_layout(source, stage)
         part = builder.thin_per_channel(node, builder.read(source, own, stage), own, stage)
         return builder.choose(part, own, where, stage)
-
-
-def uniform_positions(where: Layout) -> bool:
-    """Whether a layout stands for a whole value without channels."""
-    return not where.dimensions
-
-
-def positions_of(where: Layout) -> np.ndarray:
-    return np.asarray(where.positions, dtype=np.int64)
 
 
 _BATCH = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")

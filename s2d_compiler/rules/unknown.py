@@ -29,7 +29,11 @@ class Unknown(OperatorRule):
 
     def labels(self, context: ChannelContext, node: fx.Node) -> Labels:
         operands = [context.labels_of(n) for n in node.all_input_nodes if not is_scalar(n)]
-        mark = NOBODY if all((a < 0).all() and not (a == VERSIONED).any() for a in operands) else VERSIONED
+        mark = (
+            NOBODY
+            if all((a < 0).all() and not (a == VERSIONED).any() for a in operands)
+            else VERSIONED
+        )
         return uniform(len(shape_of(node)), mark)
 
     def lower(self, builder: StageBuilder, node: fx.Node, where: Layout, stage: int) -> fx.Node:
@@ -61,10 +65,21 @@ def product_macs(node: fx.Node) -> int:
     if target.overloadpacket in flop_registry and all(isinstance(a, fx.Node) for a in node.args):
         formula = flop_registry[target.overloadpacket]
         values = [n.meta["val"] for n in node.args if isinstance(n, fx.Node)]
-        sample = [tuple(concrete(s) for s in v.shape) for v in values if isinstance(v, torch.Tensor)]
+        sample = [
+            tuple(concrete(s) for s in v.shape) for v in values if isinstance(v, torch.Tensor)
+        ]
         outs = shape_of(node)
         try:
-            return int(formula(*(torch.empty(s, device="meta") for s in sample), out_val=torch.empty(outs, device="meta"))) // 2 // batch
+            return (
+                int(
+                    formula(
+                        *(torch.empty(s, device="meta") for s in sample),
+                        out_val=torch.empty(outs, device="meta"),
+                    )
+                )
+                // 2
+                // batch
+            )
         except (TypeError, AssertionError, RuntimeError):
             return 0
     name = target._opname
