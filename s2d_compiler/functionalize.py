@@ -75,7 +75,8 @@ def _fake_result(node: fx.Node, target: torch._ops.OpOverload) -> Any:
 
 def _shares_memory(node: fx.Node) -> bool:
     """Whether the result of a view or copy shares the memory of its first operand."""
-    assert isinstance(node.target, torch._ops.OpOverload) and isinstance(node.args[0], fx.Node)
+    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.args[0], fx.Node)
     source, result = tensor_value(node.args[0]), _fake_result(node, node.target)
     assert source is not None
     return bool(source.untyped_storage()._cdata == result.untyped_storage()._cdata)
@@ -208,8 +209,8 @@ class Functionalizer:
         assert isinstance(target, torch._ops.OpOverload)
         before = tensor_value(written)
         assert before is not None
-        args = fx.map_arg(node.args, lambda n: self._lookup(n, node))
-        kwargs = fx.map_arg(dict(node.kwargs), lambda n: self._lookup(n, node))
+        args: Any = fx.map_arg(node.args, lambda n: self._lookup(n, node))
+        kwargs: Any = fx.map_arg(dict(node.kwargs), lambda n: self._lookup(n, node))
         val = node.meta["val"]
         if target is aten.copy_.default or target is aten.fill_.Tensor:
             return self._expanded(node, args[1], args[0], before)
@@ -227,7 +228,9 @@ class Functionalizer:
         created.meta = dict(node.meta) | {"val": _fake_result(node, functional)}
         return self._cast(created, before.dtype, node)
 
-    def _expanded(self, node: fx.Node, copied: fx.Node, into: fx.Node, before: torch.Tensor) -> fx.Node:
+    def _expanded(
+        self, node: fx.Node, copied: fx.Node, into: fx.Node, before: torch.Tensor
+    ) -> fx.Node:
         """A value as it is after it was copied into a tensor."""
         copied = self._cast(copied, before.dtype, node)
         source = tensor_value(copied)
@@ -289,9 +292,9 @@ class Functionalizer:
         val = tensor_value(origin)
         if written_argument(child) is not None or target in _SAME:
             return value
-        rest = fx.map_arg(child.args[1:], lambda n: self._lookup(n, node))
+        rest: Any = fx.map_arg(child.args[1:], lambda n: self._lookup(n, node))
         if target in (aten.slice.Tensor, aten.narrow.default):
-            return self._scatter_slice(node, child, current, value, rest, val)
+            return self._scatter_slice(node, child, origin, value)
         if target is aten.select.int:
             return self._call(aten.select_scatter.default, (current, value, *rest), node, val)
         if target is aten.diagonal.default:
@@ -306,27 +309,37 @@ class Functionalizer:
             inverse = [order.index(d) for d in range(rank)]
             return self._call(aten.permute.default, (value, inverse), node, val)
         if target in _RESHAPING:
-            return self._call(aten.reshape_as.default, (value, current), node, val)
+            return self._reshaped(node, origin, value)
         raise CaptureError(
             f"{place(node)} writes in place through {place(child)}, and the memory behind it is "
             "read again; this compiler cannot follow such a write. Write to a copy instead."
         )
 
-    def _scatter_slice(
-        self, node: fx.Node, child: fx.Node, current: fx.Node, value: Any, rest: tuple[Any, ...], val: Any
-    ) -> Any:
+    def _scatter_slice(self, node: fx.Node, child: fx.Node, origin: fx.Node, value: Any) -> Any:
+        rest: Any = fx.map_arg(child.args[1:], lambda n: self._lookup(n, node))
         if child.target is aten.narrow.default:
             rest = (rest[0], rest[1], rest[1] + rest[2])
-        piece, whole = tensor_value(child), val
+        piece, whole = tensor_value(child), tensor_value(origin)
         assert piece is not None
+        assert whole is not None
         if all(map(_is_same, piece.shape, whole.shape)):
             return value
-        return self._call(aten.slice_scatter.default, (current, value, *rest), node, val)
+        args = (self.current[origin], value, *rest)
+        return self._call(aten.slice_scatter.default, args, node, whole)
+
+    def _reshaped(self, node: fx.Node, origin: fx.Node, value: Any) -> Any:
+        whole = tensor_value(origin)
+        assert whole is not None
+        sizes = [size if isinstance(size, int) else -1 for size in whole.shape]
+        if sizes.count(-1) > 1:
+            args = (value, self.current[origin])
+            return self._call(aten.reshape_as.default, args, node, whole)
+        return self._call(aten.reshape.default, (value, sizes), node, whole)
 
     def _scatter_piece(self, node: fx.Node, child: fx.Node, pieces: fx.Node, value: Any) -> Any:
         """The value of what was split after one of its pieces became ``value``."""
         whole = self.base[pieces]
-        taken = _piece(pieces, int(child.args[1]))  # type: ignore[call-overload]
+        taken = _piece(pieces, child.args[1])
         if taken is None:
             raise CaptureError(
                 f"{place(node)} writes in place into a piece of {place(pieces)}, and the whole is "
@@ -361,12 +374,13 @@ def _is_same(a: Any, b: Any) -> bool:
     return bool(a.node.expr == b.node.expr)
 
 
-def _piece(pieces: fx.Node, index: int) -> tuple[int, ...] | None:
+def _piece(pieces: fx.Node, index: Any) -> tuple[int, ...] | None:
     """Where a piece of ``chunk`` or ``split`` lies: dimension, start and stop; of ``unbind``:
     dimension and index. None where that depends on the batch."""
-    arguments = dict(zip(("self", "size", "dim"), pieces.args, strict=False)) | dict(pieces.kwargs)
     is_unbind = pieces.target is aten.unbind.int
-    dimension = arguments.get("size", arguments.get("dim", 0)) if is_unbind else arguments.get("dim", 0)
+    names = ("self", "dim") if is_unbind else ("self", "size", "dim")
+    arguments = dict(zip(names, pieces.args, strict=False)) | dict(pieces.kwargs)
+    dimension = arguments.get("dim", 0)
     values = pieces.meta["val"]
     if not isinstance(dimension, int):
         return None
@@ -381,10 +395,14 @@ def _piece(pieces: fx.Node, index: int) -> tuple[int, ...] | None:
 
 
 #: Views that are their operand: what is written to them is written to it, as it is.
-_SAME = _IDENTITY | (_MAYBE_COPY - {aten.reshape.default, aten.flatten.using_ints}) | {
-    aten.alias.default,
-    aten.detach.default,
-}
+_SAME = (
+    _IDENTITY
+    | (_MAYBE_COPY - {aten.reshape.default, aten.flatten.using_ints})
+    | {
+        aten.alias.default,
+        aten.detach.default,
+    }
+)
 #: Views that undo themselves.
 _SELF_INVERSE = {
     aten.transpose.int,
@@ -436,10 +454,11 @@ def pieces_to_slices(graph: fx.Graph) -> None:
         assert isinstance(source, fx.Node)
         if any(user.target is not operator.getitem for user in node.users):
             continue
-        places = {user: _piece(node, int(user.args[1])) for user in node.users}  # type: ignore[call-overload]
+        places = {user: _piece(node, user.args[1]) for user in node.users}
         if None in places.values():
             continue
         for user, taken in places.items():
+            assert taken is not None
             target = aten.select.int if len(taken) == 2 else aten.slice.Tensor
             with graph.inserting_before(user):
                 piece = graph.call_function(target, (source, *taken))

@@ -249,7 +249,7 @@ class Raiser:
         node: fx.Node,
     ) -> str:
         name, count = path, 1
-        while name in self.raised or self._is_occupied(name, owned):
+        while name in self.raised or self._is_occupied(name, module, owned):
             if name in self.raised and self.raised[name][0] == configuration:
                 return name
             count += 1
@@ -286,16 +286,16 @@ class Raiser:
         module._buffers["num_batches_tracked"] = counter
         self.sources[f"{name}.num_batches_tracked"] = key
 
-    def _is_occupied(self, name: str, owned: Mapping[str, str]) -> bool:
-        """Whether something else than the tensors that the module owns stands there: a plain
-        tensor of that path, or a module with tensors or children of its own."""
+    def _is_occupied(self, name: str, module: nn.Module, owned: Mapping[str, str]) -> bool:
+        """Whether something else than the module's own tensors stands there: a plain tensor of
+        that path, or a module with children, or with tensors that this one has no place for."""
         try:
             found = _get(self.graph_module, name)
         except AttributeError:
             return False
         if not isinstance(found, nn.Module) or type(found) is not nn.Module:
             return True
-        content = {*found._modules, *found._parameters, *found._buffers}
+        content = {*found._modules, *found._parameters, *found._buffers} - set(module._buffers)
         return not {f"{name}.{key}" for key in content} <= set(owned.values())
 
 
