@@ -35,7 +35,9 @@ HELD_OUT = 450  # of 1797 images: a quarter, which training never sees
 BATCH = 64
 EPOCHS = 60
 
-app = cyclopts.App(name="python -m examples.digits", help=__doc__, help_format="plaintext")
+app = cyclopts.App(
+    name="python -m examples.digits", help=__doc__, help_format="plaintext", version_flags=()
+)
 console = Console()
 
 

@@ -5,6 +5,9 @@ Run ``python -m examples.table4`` from the root of the repository.
 The paper prints accumulated costs of 21M, 30M and 90M for this network. They do not follow from
 the channel counts of the same table: the convolutions of stage 1 alone come to more. This example
 prints both, the paper's figures and those of the cost pass.
+
+The network has projection shortcuts. Padded ones tie the channels of one resolution to those of
+the next, and then the channel counts of the table cannot all be had at once.
 """
 
 from __future__ import annotations
