@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -62,7 +63,7 @@ def capture(
     notes: list[str] = []
     inputs = _inputs(model, example_inputs, input_shape, notes)
     with _evaluation(model):
-        exported, batch = _export(model, inputs, notes)
+        exported, batch = _export(model, inputs, _own_batches(example_inputs, inputs), notes)
         return _program(model, exported, inputs, batch, notes)
 
 
@@ -113,6 +114,18 @@ def _inputs(
     return (torch.zeros(EXAMPLE_BATCH, *input_shape, **options),)
 
 
+def _own_batches(
+    example_inputs: Sequence[Any] | None, inputs: tuple[Any, ...]
+) -> list[tuple[Any, ...]]:
+    """Inputs for a model that fixes its batch size: the examples as they were given; without
+    any, those of the capture, and a batch of one."""
+    if example_inputs is None:
+        return [inputs, tuple(value[:1] for value in inputs)]
+    if all(v.shape[0] for v in example_inputs if isinstance(v, torch.Tensor) and v.dim()):
+        return [tuple(example_inputs)]
+    return [inputs]
+
+
 def _rebatched(value: Any) -> Any:
     """An example with the batch size of the capture."""
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
@@ -138,7 +151,10 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def _export(
-    model: nn.Module, inputs: tuple[Any, ...], notes: list[str]
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    own_batches: list[tuple[Any, ...]],
+    notes: list[str],
 ) -> tuple[torch.export.ExportedProgram, int | None]:
     dynamic = tuple(
         {0: torch.export.Dim.DYNAMIC} if isinstance(v, torch.Tensor) and v.dim() else None
@@ -148,17 +164,17 @@ def _export(
         return _run_export(model, inputs, dynamic), None
     except Exception as error:
         first = error
-    _require_runs(model, inputs)
+    given = next((each for each in own_batches if _failure(model, each) is None), own_batches[0])
+    _require_runs(model, given)
     try:
-        fresh = tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in inputs)
-        fixed = _run_export(model, fresh, None)
+        fixed = _run_export(model, _copies(given), None)
     except Exception as second:
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}: {_first_line(second)}"
             f"{_where(second)}. Values of tensors must not decide what runs; remove that from "
             "the model's forward, or transform the part without it."
         ) from second
-    batch = next((int(v.shape[0]) for v in inputs if isinstance(v, torch.Tensor) and v.dim()), 1)
+    batch = next((int(v.shape[0]) for v in given if isinstance(v, torch.Tensor) and v.dim()), 1)
     log.debug("dynamic batch refused: %s", first)
     notes.append(
         f"the model fixes its batch size{_where(first)}: the result takes batches of {batch} only"
@@ -167,10 +183,26 @@ def _export(
     return fixed, batch
 
 
+def _copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies, for a model that may write into its inputs."""
+    return tuple(v.detach().clone() if isinstance(v, torch.Tensor) else v for v in inputs)
+
+
+def _failure(model: nn.Module, inputs: tuple[Any, ...]) -> Exception | None:
+    """What running the model raises, if anything."""
+    try:
+        with torch.no_grad():
+            model(*_copies(inputs))
+    except Exception as error:
+        return error
+    return None
+
+
 def _run_export(
     model: nn.Module, inputs: tuple[Any, ...], dynamic: Any
 ) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings(), torch.no_grad(), _quiet_export():
+    quiet = contextlib.redirect_stderr(io.StringIO())  # where torch prints the graph so far
+    with warnings.catch_warnings(), torch.no_grad(), _quiet_export(), quiet:
         warnings.simplefilter("ignore")
         return torch.export.export(model, inputs, dynamic_shapes=dynamic, strict=False)
 
@@ -180,7 +212,7 @@ def _quiet_export() -> Iterator[None]:
     """Keep torch's own logging of a failed export off the terminal; the error says it."""
     loggers = [
         logging.getLogger(name)
-        for name in ("torch.fx.experimental", "torch.export", "torch._dynamo")
+        for name in ("torch.fx.experimental", "torch.export", "torch._dynamo", "torch._subclasses")
     ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -194,10 +226,8 @@ def _quiet_export() -> Iterator[None]:
 
 def _require_runs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Tell a wrong input shape from a model that cannot be captured."""
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    except Exception as error:
+    error = _failure(model, inputs)
+    if error is not None:
         shapes = ", ".join(
             "x".join(map(str, v.shape[1:])) for v in inputs if isinstance(v, torch.Tensor)
         )
