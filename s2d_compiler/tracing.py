@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import os
@@ -156,12 +157,8 @@ def _export(
     own_batches: list[tuple[Any, ...]],
     notes: list[str],
 ) -> tuple[torch.export.ExportedProgram, int | None]:
-    dynamic = tuple(
-        {0: torch.export.Dim.DYNAMIC} if isinstance(v, torch.Tensor) and v.dim() else None
-        for v in inputs
-    )
     try:
-        return _run_export(model, inputs, dynamic), None
+        return _run_export(model, inputs, _free_batch(model, inputs)), None
     except Exception as error:
         first = error
     given = next((each for each in own_batches if _failure(model, each) is None), own_batches[0])
@@ -183,18 +180,36 @@ def _export(
     return fixed, batch
 
 
+def _free_batch(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Which dimensions are free: dimension 0 of every tensor, in the form of the signature."""
+    marks = [
+        {0: torch.export.Dim.DYNAMIC} if isinstance(v, torch.Tensor) and v.dim() else None
+        for v in inputs
+    ]
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(marks)
+    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*marks[:named], tuple(marks[named:]))
+
+
 def _copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Copies, for a model that may write into its inputs."""
     return tuple(v.detach().clone() if isinstance(v, torch.Tensor) else v for v in inputs)
 
 
 def _failure(model: nn.Module, inputs: tuple[Any, ...]) -> Exception | None:
-    """What running the model raises, if anything."""
+    """What running the model raises, if anything. Its buffers are put back afterwards."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.no_grad():
             model(*_copies(inputs))
     except Exception as error:
         return error
+    finally:
+        for buffer, value in kept:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
     return None
 
 
@@ -246,14 +261,7 @@ def _first_line(error: BaseException) -> str:
 def _where(error: BaseException) -> str:
     """``, at file:line: code`` of the last frame in the model's own source."""
     frames = traceback.extract_tb(error.__traceback__)
-    user = [
-        f
-        for f in frames
-        if not f.filename.startswith((_TORCH, _HERE)) and not f.filename.startswith("<")
-    ]
-    own = [f for f in user if f.name == "forward"] or [
-        f for f in user if f.line and "capture(" not in f.line
-    ]
+    own = [f for f in frames if not f.filename.startswith((_TORCH, _HERE, "<"))]
     if not own:
         return ""
     frame = own[-1]
