@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -109,22 +109,44 @@ class DynamicModel(nn.Module):
         Returns:
             One output per stage, each of the original's structure.
         """
-        self._check_inputs(inputs)
-        outputs: list[Any] = []
-        features: list[tuple[torch.Tensor, ...]] = []
-        for stage, interface in zip(self.stages, self.parts.interfaces, strict=True):
-            leaves, handed = stage(
-                *(self._argument(where, inputs, features) for where in interface.inputs)
-            )
-            features.append(handed)
-            outputs.append(self._structured(leaves))
-        return tuple(outputs)
+        return tuple(self.exits(*inputs))
 
-    @staticmethod
-    def _argument(
-        where: tuple[Any, ...], inputs: tuple[Any, ...], features: list[tuple[torch.Tensor, ...]]
-    ) -> Any:
-        return inputs[where[1]] if where[0] == "input" else features[where[1]][where[2]]
+    def exits(self, *inputs: Any) -> Iterator[Any]:
+        """Run stage by stage: a stage runs when its output is asked for.
+
+        Stop iterating, and the later stages never run. Features that no later stage reads are
+        let go.
+
+        Yields:
+            The output of each stage, of the original's structure.
+
+        Raises:
+            InputShapeError: The inputs are not of the shape the network was compiled for.
+        """
+        self._check_inputs(inputs)
+        features: dict[tuple[int, int], torch.Tensor] = {}
+        for number, (stage, interface) in enumerate(
+            zip(self.stages, self.parts.interfaces, strict=True)
+        ):
+            arguments = [
+                inputs[where[1]] if where[0] == "input" else features[where[1], where[2]]
+                for where in interface.inputs
+            ]
+            leaves, handed = stage(*arguments)
+            del arguments
+            features.update({(number, k): value for k, value in enumerate(handed)})
+            needed = self._read_after(number)
+            features = {k: value for k, value in features.items() if k in needed}
+            yield self._structured(leaves)
+
+    def _read_after(self, number: int) -> set[tuple[int, int]]:
+        """Features that stages after this one read."""
+        return {
+            (where[1], where[2])
+            for interface in self.parts.interfaces[number + 1 :]
+            for where in interface.inputs
+            if where[0] == "feature"
+        }
 
     def _structured(self, leaves: tuple[Any, ...]) -> Any:
         spec = self.parts.output_spec
