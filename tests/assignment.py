@@ -229,12 +229,10 @@ def _values(model: nn.Module, dyn: DynamicLike) -> Iterator[str]:
 
 
 def _partition(structure: Structure, dyn: DynamicLike, assignment: Assignment) -> Iterator[str]:
-    """No element is stored twice but in heads; every row is stored, and heads have all."""
+    """No element is stored twice but in heads and behind them; heads have all rows."""
     sources = parameters_and_buffers(structure.model)
     state = dyn.state_dict()  # type: ignore[attr-defined]
-    head_tensors = {
-        id(p) for path in assignment.heads for p in structure.layers[path].module.parameters()
-    }
+    head_tensors = structure.behind_heads()
     seen: set[tuple[int, int]] = set()
     counts: dict[int, Tensor] = {}
     names: dict[int, str] = {}

@@ -33,7 +33,7 @@ VACUOUS = 1e-6
 """A spread below this share of the output's size is no result."""
 
 
-class Broken(AssertionError):  # noqa: N818
+class Broken(AssertionError):
     """At least one consequence does not hold."""
 
 
@@ -107,8 +107,9 @@ def masked_equivalence(
     planned = assignment.planned_assignment(structure, dyn.plan, found)
     with torch.no_grad():
         got = dyn(x)
-        wanted = masked_outputs(model, dyn, x, structure)
-        by_plan = masked_outputs(model, dyn, x, structure, planned)
+        wanted = by_plan = masked_outputs(model, dyn, x, structure, found)
+        if planned != found:
+            by_plan = masked_outputs(model, dyn, x, structure, planned)
         original = model(x)
     if not isinstance(got, tuple) or len(got) != dyn.plan.stages:
         yield f"{type(got).__name__} of {len(got)} outputs from {dyn.plan.stages} stages"
@@ -152,12 +153,14 @@ def causality(dyn: Any, x: Tensor) -> Iterator[str]:
 
 
 def _only_after(dyn: Any, stage: int) -> list[Tensor]:
-    """Parameters and buffers that only stages after ``stage`` have."""
-    early = {
-        t.data_ptr() for s in list(dyn.stages)[:stage] for t in (*s.parameters(), *s.buffers())
-    }
-    late = [t for s in list(dyn.stages)[stage:] for t in (*s.parameters(), *s.buffers())]
-    return [t for t in dict.fromkeys(late) if t.data_ptr() not in early]
+    """Parameters and buffers, of those in the state dict, that only later stages have."""
+
+    def held(stages: Sequence[nn.Module]) -> list[Tensor]:
+        return [t for s in stages for t in s.state_dict(keep_vars=True).values()]
+
+    early = {t.data_ptr() for t in held(dyn.stages[:stage])}
+    late = dict.fromkeys(held(dyn.stages[stage:]))
+    return [t for t in late if t.data_ptr() not in early]
 
 
 @contextmanager

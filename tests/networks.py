@@ -621,10 +621,11 @@ def _classifier(pick: Pick, at: Shape) -> nn.Module:
             nn.Linear(middle, classes, bias=pick.one([True, False])),
         )  # fmt: skip
     if how == "conv":
+        # a single class behind a ReLU would often be dead
+        act = nn.ReLU(inplace=True) if classes > 1 else nn.LeakyReLU(0.2)
         return nn.Sequential(
-            nn.Dropout(0.5), nn.Conv2d(at.width, classes, 1), nn.ReLU(inplace=True), pool,
-            nn.Flatten(),
-        )  # fmt: skip
+            nn.Dropout(0.5), nn.Conv2d(at.width, classes, 1), act, pool, nn.Flatten()
+        )
     return nn.Identity() if how == "none" else nn.Sequential(pool, nn.Flatten())
 
 

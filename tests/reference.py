@@ -452,6 +452,22 @@ class Structure:
                     pending.append(user)
         return any(node.op == "output" for node in reached)
 
+    def behind_heads(self) -> set[int]:
+        """Ids (Python's) of all tensors of the prediction layers and of what follows them."""
+        found: set[int] = set()
+        reached = [n for path in self.prediction_layers() for n in self.layers[path].nodes]
+        for node in self.traced.graph.nodes:
+            if any(source in reached for source in node.all_input_nodes):
+                reached.append(node)
+        for node in reached:
+            if node.op == "call_module":
+                module = self.model.get_submodule(str(node.target))
+                found.update(id(t) for t in (*module.parameters(), *module.buffers()))
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and all(user in reached for user in source.users):
+                    found.add(id(evaluate(self.model, source, {}, torch.empty(0))))
+        return found
+
     def _shares(self, layer: Layer) -> bool:
         own = {self.ties.find(row) for row in layer.rows}
         others = [row for other in self.layers.values() if other is not layer for row in other.rows]
@@ -626,7 +642,7 @@ def positions(index: tuple[int, ...] | None, size: int) -> list[int]:
     return list(range(size)) if index is None else list(index)
 
 
-@dataclass
+@dataclass(eq=False)
 class Assignment:
     """What provenance says about the weighted layers.
 
@@ -642,6 +658,16 @@ class Assignment:
     masks: dict[str, list[Tensor]]
     heads: list[str]
     owner: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Assignment) or self.masks.keys() != other.masks.keys():
+            return False
+        same = torch.equal(self.owner, other.owner) and set(self.heads) == set(other.heads)
+        return same and all(
+            torch.equal(one, two)
+            for path, masks in self.masks.items()
+            for one, two in zip(masks, other.masks[path], strict=True)
+        )
 
 
 def read_assignment(structure: Structure, dyn: DynamicLike) -> Assignment:

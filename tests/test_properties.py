@@ -1,0 +1,107 @@
+"""The four consequences of DESIGN 2 over random networks and random plans.
+
+``HYPOTHESIS_PROFILE=fuzz pytest tests/test_properties.py`` searches further, with a new seed
+each time; ``--hypothesis-seed=N`` repeats one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, event, given, settings
+from hypothesis import strategies as st
+
+from s2d_compiler import Plan
+from s2d_compiler.errors import PlanError
+from tests import assignment, consequences
+from tests.networks import BLOCKS, Drawn, networks, seeded, settle
+from tests.plans import plans, resolutions_of, seeded_plan
+from tests.reference import Structure
+
+RARELY_VACUOUS = 0.1
+"""At most this share of the stages that the seeded tests look at may show nothing."""
+
+
+def check(drawn: Drawn, spec: dict[str, Any], seed: int, path: Path, train: bool = False) -> Any:
+    """Every consequence for a settled network; what was measured, or None if refused."""
+    model, x = drawn.model, drawn.batch(8, seed)
+    structure = Structure(model, x)
+    plan = Plan.from_dict(spec)
+    empty = assignment.empty_stages(structure, plan)
+    model.train(train)
+    if empty:
+        with pytest.raises(PlanError, match=f"stage {empty[0]}"):
+            consequences.check_all(model, plan, x, structure=structure)
+        return None
+    measured = consequences.check_all(model, plan, x, path=path, structure=structure)
+    assert all(module.training == train for module in model.modules())
+    return measured
+
+
+@settings(max_examples=60)
+@given(data=st.data(), drawn=networks(), seed=st.integers(0, 2**16), train=st.booleans())
+def test_consequences(
+    data: st.DataObject, drawn: Drawn, seed: int, train: bool, tmp_path_factory: Any
+) -> None:
+    x = drawn.batch(8, seed)
+    model = settle(drawn.model, x, seed)
+    spec = data.draw(plans(resolutions_of(model, x)), label="plan")
+    path = tmp_path_factory.mktemp("dyn") / "dyn.pt"
+    measured = check(drawn, spec, seed, path, train)
+    if measured is None:
+        event("refused: a stage adds nothing")
+        return
+    event(f"{len(measured.vacuous)} vacuous stages")
+    assume(not measured.vacuous)
+
+
+def run_seeds(kinds: Sequence[str], seeds: Sequence[int], path: Path) -> None:
+    """Networks made of ``kinds``; among the seeds few may be refused or vacuous."""
+    stages, vacuous = 0, 0
+    for seed in seeds:
+        drawn = seeded(seed, kinds)
+        x = drawn.batch(8, seed)
+        model = settle(drawn.model, x, seed)
+        spec = seeded_plan(seed, resolutions_of(model, x))
+        measured = check(drawn, spec, seed, path)
+        if measured is not None:
+            stages += spec["stages"]
+            vacuous += len(measured.vacuous)
+    assert stages > 0
+    assert vacuous <= RARELY_VACUOUS * stages
+
+
+@pytest.mark.parametrize("kind", list(BLOCKS))
+def test_consequences_of_every_kind_of_block(kind: str, tmp_path: Path) -> None:
+    run_seeds(["plain", kind], range(3), tmp_path / "dyn.pt")
+    run_seeds([kind, "plain", kind], range(3, 5), tmp_path / "dyn.pt")
+
+
+@settings(max_examples=200)
+@given(plans(["16x16", "8x8", "5x7"]))
+def test_plans_round_trip(spec: dict[str, Any]) -> None:
+    plan = Plan.from_dict(spec)
+    assert Plan.from_dict(plan.to_dict()) == plan
+    assert Plan.from_json(plan.to_json()) == plan
+    reads = plan.reads("16x16", "conv")
+    last = plan.stages - (plan.final == "original")
+    assert all(1 <= early < late <= last for late, early in reads)
+    cuts = plan.split_for("16x16", ["conv"])
+    assert list(cuts) == sorted(set(cuts))
+    assert len(cuts) == plan.stages - 1
+
+
+def test_two_transforms_of_one_network_are_the_same() -> None:
+    drawn = seeded(4)
+    x = drawn.batch()
+    model = settle(drawn.model, x)
+    spec = {"stages": 3, "groups": 8, "default": {"split": [3, 5], "concat": "all"}, "order": "l1"}
+    one = consequences.check_all(model, Plan.from_dict(spec), x).dyn
+    two = consequences.check_all(model, Plan.from_dict(spec), x).dyn
+    assert dict(one.provenance) == dict(two.provenance)
+    with torch.no_grad():
+        assert consequences._identical(one(x), two(x))

@@ -1,0 +1,87 @@
+"""Every convolutional classifier of torchvision, cut in three with and without reuse.
+
+Run with several processes (``-n 2``): one test per model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.init
+from torch import Tensor, nn
+
+import s2d_compiler  # makes torchvision importable  # noqa: F401
+
+import torchvision  # isort: skip
+from s2d_compiler import Plan
+from tests import consequences
+from tests.networks import settle
+from tests.reference import Structure
+
+ATTENTION_OR_LAYER_NORM = ("vit", "swin", "maxvit", "convnext")
+MODELS = [
+    name
+    for name in torchvision.models.list_models(module=torchvision.models)
+    if not name.startswith(ATTENTION_OR_LAYER_NORM)
+]
+PLANS: dict[str, dict[str, Any]] = {
+    concat: {
+        "stages": 3,
+        "groups": 8,
+        "default": {"split": [4, 6], "concat": concat},
+        "order": order,
+    }
+    for concat, order in (("none", "index"), ("all", "l1"))
+}
+CHEAP_FIRST_STAGE = 0.35
+"""Largest share of the original's MACs that stage 1 may take in the plan without reuse."""
+SAVED_UP_TO = 30_000_000
+"""Networks of more parameters are not written to disk here."""
+
+
+def build(name: str) -> nn.Module:
+    """A model in float64 whose weights are whatever memory held; ``settle`` sets them."""
+    with contextlib.ExitStack() as stack:
+        for function in dir(torch.nn.init):
+            if function.endswith("_") and not function.startswith("_"):
+                nothing = mock.patch.object(torch.nn.init, function, lambda t, *_, **__: t)
+                stack.enter_context(nothing)
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
+        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        model: nn.Module = torchvision.models.get_model(name, **options)
+    return model
+
+
+def images(name: str) -> Tensor:
+    size = 75 if name == "inception_v3" else 64
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 3, size, size, generator=generator, dtype=torch.float64)
+
+
+def test_the_zoo_is_whole() -> None:
+    assert len(MODELS) >= 60
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_consequences(name: str, tmp_path: Path) -> None:
+    x = images(name)
+    model = settle(build(name), x)
+    small = sum(p.numel() for p in model.parameters()) <= SAVED_UP_TO
+    path = tmp_path / "dyn.pt" if small else None
+    structure = Structure(model, x)
+    for concat, spec in PLANS.items():
+        measured = consequences.check_all(
+            model, Plan.from_dict(spec), x, path=path, structure=structure
+        )
+        assert not measured.vacuous
+        dyn = measured.dyn
+        share = dyn.cost.stages[0].macs / dyn.cost.original_macs
+        if concat == "none" and share > CHEAP_FIRST_STAGE:
+            assert dyn.report.to_dict()["left_whole"], f"stage 1 costs {share:.3f}, unexplained"
+        del measured, dyn
