@@ -44,6 +44,7 @@ class ExtractStages(Pass):
 class _Extraction:
     graph_module: fx.GraphModule
     stage_of: dict[fx.Node, int] = field(default_factory=dict)
+    slices: dict[str, list[tuple[str, Slice]]] = field(default_factory=dict)
 
     def run(self) -> fx.GraphModule:
         graph = self.graph_module.graph
@@ -124,6 +125,14 @@ class _Extraction:
                 )
         return prediction
 
+    def slices_of(self, target: str) -> list[tuple[str, Slice]]:
+        """Slices of one module or attribute of the staged graph."""
+        if not self.slices:
+            for key, where in self.graph_module.meta["slices"].items():
+                self.slices.setdefault(key, []).append((key, where))
+                self.slices.setdefault(key.rpartition(".")[0], []).append((key, where))
+        return self.slices.get(target, [])
+
     def _real_users(self, node: fx.Node) -> list[fx.Node]:
         """Users of a node, through the sizes that are taken again in their stage."""
         found: list[fx.Node] = []
@@ -198,9 +207,8 @@ class _StageGraph:
         name = target.removeprefix(prefix).removeprefix(f"{SHARED}.")
         value = attribute(self.work.graph_module, target)
         name = _install(self.root, name, value, self._persistent(target))
-        for key, where in self.work.graph_module.meta["slices"].items():
-            if key == target or key.startswith(f"{target}."):
-                self.slices[name + key[len(target) :]] = where
+        for key, where in self.work.slices_of(target):
+            self.slices[name + key[len(target) :]] = where
         return name
 
     def _persistent(self, target: str) -> bool:

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter, validators
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
+from rich.measure import Measurement
 
 from s2d_compiler._version import __version__
 from s2d_compiler.errors import OutputError, S2DError
@@ -51,8 +52,8 @@ __all__ = ["UsageError", "compile_main", "main"]
 
 #: Loggers whose warnings the commands show: the package's own, and Python's ``warnings``.
 _LOGGERS = ("s2d_compiler", "passes", "py.warnings")
-#: Width of tables where there is no terminal to ask.
-_WIDTH = 100
+#: A page that any table fits on.
+_WIDE = ConsoleDimensions(width=10_000, height=50)
 
 
 class UsageError(S2DError):
@@ -88,7 +89,8 @@ class ModelSource:
             torchvision.models:resnet18 or mypackage.net:build.
         arch_kwargs: Its keyword arguments as JSON, such as '{"num_classes": 10}'.
         trust: Let the model's file run any code that it holds; for files of known origin only.
-        input_shape: Shape of one input without the batch, such as 3x224x224.
+        input_shape: Shape of one input without the batch, such as 3x224x224; goes before the one
+            that a plan holds.
     """
 
     arch: Annotated[str | None, Parameter(show_default=False)] = None
@@ -101,13 +103,18 @@ class ModelSource:
         """The input shape as numbers.
 
         Raises:
-            PlanError: It is none.
+            UsageError, PlanError: It is none.
         """
         if self.input_shape is None:
             return None
-        sizes = re.split("[x,]", self.input_shape)
-        given = [int(s) if re.fullmatch("[0-9]{1,12}", s) else s for s in sizes]
-        return read_input_shape(given, "--input-shape")
+        if not re.fullmatch("[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})*", self.input_shape):
+            raise UsageError(
+                f"--input-shape: {json.dumps(self.input_shape)[:60]} is no shape; write the shape "
+                "of one input without the batch, such as 3x224x224"
+            )
+        return read_input_shape(
+            [int(size) for size in self.input_shape.split("x")], "--input-shape"
+        )
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -190,9 +197,8 @@ def compile_model(
     dyn, proof = _compile(program, plan, made_by, between, None if no_check else seed)
     dyn.save(output)
     document = {"output": str(output), **_document(dyn), "proof": _proof_document(proof)}
-    checked = "not checked (--no-check)" if proof is None else f"checked in float64: {proof}"
-    text = [dyn.cost.table(), f"{dyn.report}\n{checked}\n\nwritten: {output}\n{_next(dyn, output)}"]
-    return Result(document, text)
+    rest = f"{dyn.report}\n{_proof_line(proof)}\n\nwritten: {output}\n{_next(dyn, output)}"
+    return Result(document, [dyn.cost.table(), rest])
 
 
 def _require_other_file(output: Path, inputs: Mapping[str, Path]) -> None:
@@ -260,6 +266,14 @@ def _proof_document(proof: Proof | None) -> dict[str, Any] | None:
         "tensors": proof.tensors,
         "is_vacuous": proof.is_vacuous,
     }
+
+
+def _proof_line(proof: Proof | None) -> str:
+    if proof is None:
+        return "not checked (--no-check)"
+    if proof.is_vacuous:
+        return "checked in float64, inconclusive: the outputs hardly depend on the input"
+    return f"checked in float64: {proof}"
 
 
 def _next(dyn: DynamicModel, output: Path) -> str:
@@ -495,12 +509,15 @@ def _report_error(
 
 
 def _say(stream: Any, *parts: RenderableType) -> None:
-    """Print text as it stands, tables with colours where a terminal shows them."""
-    width = None if stream.isatty() else int(os.environ.get("COLUMNS") or _WIDTH)
-    console = Console(file=stream, width=width, soft_wrap=True, markup=False, highlight=False)
+    """Print text as it stands, and tables as wide as they are, whatever the terminal's width."""
+    console = Console(file=stream, markup=False, highlight=False)
     with console.capture() as capture:
         for part in parts:
-            console.print(part, soft_wrap=isinstance(part, str), markup=False, highlight=False)
+            console.size = _WIDE
+            if not isinstance(part, str):
+                width = Measurement.get(console, console.options, part).maximum
+                console.size = ConsoleDimensions(width, _WIDE.height)
+            console.print(part, soft_wrap=isinstance(part, str))
     encoding = stream.encoding or "utf-8"
     stream.write(capture.get().encode(encoding, "backslashreplace").decode(encoding))
     stream.flush()

@@ -127,7 +127,13 @@ def tensor_value(node: fx.Node) -> torch.Tensor | None:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Shape of a node's tensor at the sample batch; ``()`` for anything else."""
     value = tensor_value(node)
-    return () if value is None else tuple(concrete(size) for size in value.shape)
+    if value is None:
+        return ()
+    cached = node.meta.get("sample_shape")
+    if cached is None or cached[0] is not value:
+        cached = node.meta["sample_shape"] = (value, tuple(concrete(n) for n in value.shape))
+    shape: tuple[int, ...] = cached[1]
+    return shape
 
 
 def batch_dimensions(node: fx.Node) -> tuple[int, ...]:

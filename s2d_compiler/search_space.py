@@ -19,7 +19,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import fx, nn
 
@@ -307,21 +307,19 @@ class SearchSpace:
         from rich.table import Table
 
         table = Table()
-        table.add_column("resolution", overflow="fold")
-        table.add_column("settings", overflow="fold")
-        for title in ("layers", "families", "channels", "atoms", "MACs", "share"):
-            table.add_column(title, justify="right", overflow="fold")
+        _add_columns(table, ("resolution", "settings"))
+        _add_columns(table, ("layers", "channels", "atoms", "MACs", "share"), numbers=True)
         for group in self.groups_by_resolution:
-            counts = (len(group.layers), group.families, group.channels, group.atoms)
+            counts = (len(group.layers), group.channels, group.atoms)
             named = (group.resolution, _named_settings(group))
             table.add_row(*named, *map(str, counts), *self._price(group.macs))
         heads = sum(layer.macs for layer in self.predictions)
         rest = self.macs - heads - sum(group.macs for group in self.groups_by_resolution)
         if self.predictions:
             count = str(len(self.predictions))
-            table.add_row("prediction", "", count, "", "", "", *self._price(heads))
+            table.add_row("prediction", "", count, "", "", *self._price(heads))
         if rest:
-            table.add_row("elsewhere", "", "", "", "", "", *self._price(rest))
+            table.add_row("elsewhere", "", "", "", "", *self._price(rest))
         return table
 
     def _price(self, macs: int) -> tuple[str, str]:
@@ -332,10 +330,8 @@ class SearchSpace:
         from rich.table import Table
 
         table = Table()
-        for title in ("layer", "operator", "", "split by", "concat by"):
-            table.add_column(title, overflow="fold")
-        for title in ("channels", "atoms", "MACs", "share"):
-            table.add_column(title, justify="right", overflow="fold")
+        _add_columns(table, ("layer", "operator", "", "split by", "concat by"))
+        _add_columns(table, ("channels", "atoms", "MACs", "share"), numbers=True)
         for layer in self.layers:
             counts = (str(layer.channels or ""), str(layer.atoms or ""))
             names = (layer.name, layer.operator, layer.role, layer.split_by, layer.concat_by)
@@ -561,6 +557,12 @@ def _named(chosen: tuple[Pair, ...], pairs: tuple[Pair, ...]) -> Concat:
 def _named_settings(group: ResolutionGroup) -> str:
     names = [name for name in ("split", "concat") if getattr(group, f"has_{name}")]
     return ", ".join(names) or "none"
+
+
+def _add_columns(table: Table, titles: Sequence[str], *, numbers: bool = False) -> None:
+    for title in titles:
+        justify: Literal["left", "right"] = "right" if numbers else "left"
+        table.add_column(title, justify=justify, no_wrap=True)
 
 
 def _printable(number: int) -> int | None:

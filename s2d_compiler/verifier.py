@@ -6,51 +6,87 @@ import torch
 from torch import fx, nn
 
 from s2d_compiler.errors import PassError
+from s2d_compiler.program import attribute
 
 
 def verify_graph(graph_module: fx.GraphModule) -> None:
     """Check the invariants of a staged graph.
 
     - every node but inputs and the output says which stage computes it;
-    - no node reads a later stage (causality);
+    - no node reads a later stage, and no exit stands for one (causality); what is nobody's
+      counts as the first stage's;
     - every attribute and module that a node names exists;
     - every slice names a tensor that exists, of the shape that the slice has.
+
+    Of a graph that calls extracted stages the last two are checked, and all of every stage.
 
     Raises:
         PassError: One does not hold; the message names the node.
     """
-    if not any("stage" in node.meta for node in graph_module.graph.nodes):
-        return _verify_stages(graph_module)
     for node in graph_module.graph.nodes:
-        if node.op == "output":
-            continue
-        if "stage" not in node.meta:
-            raise PassError(
-                f"node {node.name!r} ({node.op} {node.target}) has no stage; set meta['stage']"
-            )
-        for operand in node.all_input_nodes:
-            if operand.meta.get("stage", 0) > node.meta["stage"] > 0:
-                raise PassError(
-                    f"node {node.name!r} of stage {node.meta['stage']} reads {operand.name!r} of "
-                    f"stage {operand.meta['stage']}; a stage reads itself and earlier ones only"
-                )
-        if node.op == "call_module":
-            _require_module(graph_module, node)
+        _require_target(graph_module, node)
+    if any("stage" in node.meta for node in graph_module.graph.nodes):
+        for node in graph_module.graph.nodes:
+            _verify_causality(node)
+    else:
+        _verify_stages(graph_module)
     _verify_slices(graph_module)
 
 
-def _verify_stages(graph_module: fx.GraphModule) -> None:
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            _require_module(graph_module, node)
-
-
-def _require_module(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    try:
-        graph_module.get_submodule(str(node.target))
-    except AttributeError as error:
+def _verify_causality(node: fx.Node) -> None:
+    if node.op == "output":
+        return _verify_exits(node)
+    if "stage" not in node.meta:
         raise PassError(
-            f"node {node.name!r} calls {node.target!r}, which does not exist"
+            f"node {node.name!r} ({node.op} {node.target}) has no stage; set meta['stage']"
+        )
+    for operand in node.all_input_nodes:
+        if operand.meta.get("stage", 0) > max(node.meta["stage"], 1):
+            raise PassError(
+                f"node {node.name!r} of stage {node.meta['stage']} reads {operand.name!r} of "
+                f"stage {operand.meta['stage']}; a stage reads itself and earlier ones only"
+            )
+    return None
+
+
+def _verify_exits(output: fx.Node) -> None:
+    exits = output.args[0]
+    if not isinstance(exits, list | tuple):
+        return
+    for stage, leaves in enumerate(exits, start=1):
+        if not isinstance(leaves, list | tuple):
+            continue
+        for leaf in leaves:
+            if isinstance(leaf, fx.Node) and leaf.meta.get("stage", 0) > stage:
+                raise PassError(
+                    f"the exit of stage {stage} is {leaf.name!r} of stage {leaf.meta['stage']}; "
+                    "an exit reads its own stage and earlier ones only"
+                )
+
+
+def _verify_stages(graph_module: fx.GraphModule) -> None:
+    """Check the subgraphs of a network of extracted stages."""
+    for name, module in graph_module.named_modules():
+        if not name or not isinstance(module, fx.GraphModule):
+            continue
+        number = int(name.rpartition(".")[2]) + 1
+        for node in module.graph.nodes:
+            _require_target(module, node)
+            if node.meta.get("stage", 0) > number:
+                raise PassError(
+                    f"node {node.name!r} of stage {node.meta['stage']} stands in stage {number}"
+                )
+
+
+def _require_target(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    if node.op not in ("call_module", "get_attr"):
+        return
+    try:
+        attribute(graph_module, str(node.target))
+    except AttributeError as error:
+        verb = "calls" if node.op == "call_module" else "reads"
+        raise PassError(
+            f"node {node.name!r} {verb} {node.target!r}, which does not exist"
         ) from error
 
 
@@ -60,7 +96,11 @@ def _verify_slices(graph_module: fx.GraphModule) -> None:
     for name, where in graph_module.meta.get("slices", {}).items():
         tensor = tensors.get(name)
         if tensor is None:
-            continue
+            raise PassError(f"meta['slices'] names {name!r}, which does not exist")
+        if len(where.index) != tensor.dim():
+            raise PassError(
+                f"{name} has shape {tuple(tensor.shape)}, its slice {len(where.index)} dimensions"
+            )
         for size, positions in zip(tensor.shape, where.index, strict=True):
             if positions is not None and len(positions) != size:
                 raise PassError(

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from s2d_compiler.analysis.labels import NOBODY, VERSIONED, Labels, Ties, has_atoms, uniform
-from s2d_compiler.analysis.resolutions import position_count, resolution
+from s2d_compiler.analysis.layer_graph import last_layers, layer_graph
+from s2d_compiler.analysis.resolutions import as_pixels, position_count, resolution
 from s2d_compiler.program import Layer, Program, is_scalar, path_of, shape_of
 from s2d_compiler.rules import UNKNOWN, NoRule, OperatorRule, find_rule, rule_key
 from s2d_compiler.rules.layers import CONVOLUTION_CLASSES, is_layer
@@ -233,12 +234,15 @@ def _predictions(program: Program, trial: _Trial) -> frozenset[str]:
     """Layers all of whose paths end at the output without meeting another, and which share
     no atom with another layer."""
     context = trial[0]
-    ends = _reaches_output_only(program)
+    ends = last_layers(layer_graph(program))
     atoms = context.ties.components()
-    writers: dict[int, set[str]] = {}
-    for key, rows in context.rows.items():
-        for atom in np.unique(atoms[rows]).tolist():
-            writers.setdefault(atom, set()).add(key)
+    writers = np.zeros(context.ties.count + 1, dtype=np.int64)
+    readers = np.zeros_like(writers)
+    for rows in context.rows.values():
+        writers[np.unique(atoms[rows])] += 1
+    for many in context.columns.values():
+        read = np.concatenate(many)
+        readers[np.unique(atoms[read[read >= 0]])] += 1
     found: set[str] = set()
     for key, sites in context.call_sites.items():
         nodes = [program.by_name[name] for name in sites]
@@ -246,29 +250,10 @@ def _predictions(program: Program, trial: _Trial) -> frozenset[str]:
             continue
         if any(getattr(program.module(n), "groups", 1) != 1 for n in nodes):
             continue
-        own = np.unique(atoms[context.rows[key]]).tolist()
-        read = {
-            a
-            for k, many in context.columns.items()
-            if k != key
-            for c in many
-            for a in np.unique(atoms[c[c >= 0]]).tolist()
-        }
-        if all(writers[a] == {key} and a not in read for a in own):
+        own = np.unique(atoms[context.rows[key]])
+        if (writers[own] == 1).all() and not readers[own].any():
             found.update(sites)
     return frozenset(found)
-
-
-def _reaches_output_only(program: Program) -> set[str]:
-    """Nodes from which no path meets a weighted layer and some path meets the output."""
-    clean: set[str] = set()
-    result: set[str] = set()
-    for node in reversed(list(program.nodes)):
-        if node.op == "output" or (node.users and all(u.name in clean for u in node.users)):
-            result.add(node.name)
-            if not is_layer(node):
-                clean.add(node.name)
-    return result
 
 
 def _conclude(
@@ -285,9 +270,7 @@ def _conclude(
 
     layers: dict[str, LayerChannels] = {}
     layer_of: dict[str, str] = {}
-    for key, sites in sorted(
-        context.call_sites.items(), key=lambda item: _order(program, item[1][0])
-    ):
+    for key, sites in context.call_sites.items():
         first = program.by_name[sites[0]]
         source = first.args[0]
         assert isinstance(source, fx.Node)
@@ -321,10 +304,6 @@ def _conclude(
         atom_count=int(atoms.max()) + 1 if len(atoms) else 0,
         layer_of=layer_of,
     )
-
-
-def _order(program: Program, name: str) -> int:
-    return list(program.by_name).index(name)
 
 
 def _downstream(program: Program, predictions: frozenset[str]) -> frozenset[str]:
@@ -403,10 +382,4 @@ def cut_resolutions(analysis: ChannelAnalysis) -> tuple[str, ...]:
         is_head = set(channels.layer.nodes) <= analysis.predictions
         if not is_head and any(has_atoms(c) for c in channels.columns):
             names.add(channels.resolution)
-    return tuple(sorted(names, key=lambda n: (-_pixels(n), n)))
-
-
-def _pixels(name: str) -> int:
-    from s2d_compiler.analysis.resolutions import as_pixels
-
-    return as_pixels(name)
+    return tuple(sorted(names, key=lambda n: (-as_pixels(n), n)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -80,9 +79,14 @@ class Ties:
         """Atom number of every label; atoms are numbered by their first label."""
         atom = np.arange(self.count, dtype=np.int64)
         if self.pairs:
-            graph = nx.Graph()
-            graph.add_edges_from(np.concatenate(self.pairs).tolist())
-            for component in nx.connected_components(graph):
-                members = np.fromiter(component, dtype=np.int64)
-                atom[members] = members.min()
+            pairs = np.concatenate(self.pairs)
+            while True:
+                smallest = np.minimum(atom[pairs[:, 0]], atom[pairs[:, 1]])
+                before = atom.copy()
+                np.minimum.at(atom, pairs[:, 0], smallest)
+                np.minimum.at(atom, pairs[:, 1], smallest)
+                np.minimum.at(atom, before, atom)
+                atom = atom[atom]
+                if np.array_equal(before, atom):
+                    break
         return np.unique(atom, return_inverse=True)[1].astype(np.int64)
