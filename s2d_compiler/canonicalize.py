@@ -25,9 +25,10 @@ def canonicalize(graph: fx.Graph, add_constant: AddConstant) -> None:
     - ``stack`` -> ``unsqueeze`` and ``cat``;
     - ``max``/``min`` over a dimension whose index is not used -> ``amax``/``amin``;
     - ``expand_as`` -> ``expand`` (nothing where the shapes are equal);
-    - ``slice_scatter``/``select_scatter`` -> ``cat`` and ``index_select`` by a constant.
+    - ``slice_scatter``/``select_scatter`` -> ``cat`` and ``index_select`` by a constant;
+    - ``zeros`` of a batch -> ``new_zeros``; casts lose a device that changes nothing.
     """
-    graph.eliminate_dead_code()
+    _drop_unread(graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -38,7 +39,14 @@ def canonicalize(graph: fx.Graph, add_constant: AddConstant) -> None:
             if replacement is not None and replacement is not node:
                 node.replace_all_uses_with(replacement)
                 graph.erase_node(node)
-    graph.eliminate_dead_code()
+    _drop_unread(graph)
+
+
+def _drop_unread(graph: fx.Graph) -> None:
+    """Drop what nothing reads, the assertions that export leaves included."""
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "get_attr") and not node.users:
+            graph.erase_node(node)
 
 
 def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, val: Any) -> fx.Node:
@@ -177,6 +185,46 @@ def _scattered(
     return _call(graph, aten.index_select.default, (joined, dimension, constant), node, val)
 
 
+def _created_like(target: Any) -> Callable[[fx.Graph, fx.Node, AddConstant], fx.Node | None]:
+    """``zeros(n, ...)`` for a batch of n becomes ``x.new_zeros(n, ...)``, which follows x to
+    its device."""
+
+    def rewrite(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None:
+        reference = _sized_by(node)
+        if reference is None:
+            return None
+        value = _value(node)
+        created = graph.call_function(target, (reference, *node.args))
+        if value.dtype != _value(reference).dtype:
+            created.kwargs = {"dtype": value.dtype}
+        created.meta = dict(node.meta)
+        return created
+
+    return rewrite
+
+
+def _sized_by(node: fx.Node) -> fx.Node | None:
+    """The tensor whose size a creation operator uses."""
+    for operand in node.all_input_nodes:
+        if operand.target is aten.sym_size.int and isinstance(operand.args[0], fx.Node):
+            return operand.args[0]
+        if tensor_value(operand) is None and (found := _sized_by(operand)) is not None:
+            return found
+    return None
+
+
+def _cast(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None:
+    """A cast to the device where its operand is anyway keeps only the change of type."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    before, after = _value(source), _value(node)
+    if before.device != after.device:
+        return None
+    if before.dtype == after.dtype:
+        return source
+    return _call(graph, aten.to.dtype, (source, after.dtype), node, after)
+
+
 _REWRITES: dict[Any, Callable[[fx.Graph, fx.Node, AddConstant], fx.Node | None]] = {
     aten.stack.default: _stack,
     aten.max.dim: _extreme(aten.amax.default),
@@ -184,4 +232,9 @@ _REWRITES: dict[Any, Callable[[fx.Graph, fx.Node, AddConstant], fx.Node | None]]
     aten.expand_as.default: _expand_as,
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
+    aten.zeros.default: _created_like(aten.new_zeros.default),
+    aten.ones.default: _created_like(aten.new_ones.default),
+    aten.full.default: _created_like(aten.new_full.default),
+    aten.to.device: _cast,
+    aten.to.dtype_layout: _cast,
 }

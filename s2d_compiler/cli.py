@@ -452,7 +452,6 @@ def _run(program: str, app: App, argv: Sequence[str] | None) -> int:
             result = call(*bound.args, **bound.kwargs)
         if isinstance(result, Result):
             _show(result, reporting)
-        sys.stdout.flush()
     except CycloptsError as error:
         text = " ".join(str(error).split())
         return _fail(
@@ -510,6 +509,8 @@ def _report_error(
 
 def _say(stream: Any, *parts: RenderableType) -> None:
     """Print text as it stands, and tables as wide as they are, whatever the terminal's width."""
+    if stream is None:  # closed by whoever started the command
+        return
     console = Console(file=stream, markup=False, highlight=False)
     with console.capture() as capture:
         for part in parts:
@@ -519,8 +520,14 @@ def _say(stream: Any, *parts: RenderableType) -> None:
                 console.size = ConsoleDimensions(width, _WIDE.height)
             console.print(part, soft_wrap=isinstance(part, str))
     encoding = stream.encoding or "utf-8"
-    stream.write(capture.get().encode(encoding, "backslashreplace").decode(encoding))
-    stream.flush()
+    try:
+        stream.write(capture.get().encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _abandon_stdout()
+        raise OutputError(f"the output cannot be printed ({error.strerror or error})") from error
 
 
 def _abandon_stdout() -> None:
