@@ -502,16 +502,32 @@ def _report_error(
         document = {"error": {"type": type(error).__name__, "message": text}}
         try:
             _say(sys.stdout, json.dumps(document, indent=2))
-        except BrokenPipeError:
+        except (BrokenPipeError, OutputError):
             _abandon_stdout()
     return status
 
 
 def _say(stream: Any, *parts: RenderableType) -> None:
-    """Print text as it stands, and tables as wide as they are, whatever the terminal's width."""
+    """Print text as it stands, and tables as wide as they are, whatever the terminal's width.
+
+    Raises:
+        OutputError: The stream cannot be written, but still has a reader.
+    """
     if stream is None:  # closed by whoever started the command
         return
-    console = Console(file=stream, markup=False, highlight=False)
+    encoding = stream.encoding or "utf-8"
+    try:
+        text = _rendered(Console(file=stream, markup=False, highlight=False), parts)
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _abandon_stdout()
+        raise OutputError(f"the output cannot be printed ({error.strerror or error})") from error
+
+
+def _rendered(console: Console, parts: Sequence[RenderableType]) -> str:
     with console.capture() as capture:
         for part in parts:
             console.size = _WIDE
@@ -519,15 +535,7 @@ def _say(stream: Any, *parts: RenderableType) -> None:
                 width = Measurement.get(console, console.options, part).maximum
                 console.size = ConsoleDimensions(width, _WIDE.height)
             console.print(part, soft_wrap=isinstance(part, str))
-    encoding = stream.encoding or "utf-8"
-    try:
-        stream.write(capture.get().encode(encoding, "backslashreplace").decode(encoding))
-        stream.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _abandon_stdout()
-        raise OutputError(f"the output cannot be printed ({error.strerror or error})") from error
+    return capture.get()
 
 
 def _abandon_stdout() -> None:
