@@ -63,6 +63,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "leaky": lambda: nn.LeakyReLU(0.1),
     "elu": nn.ELU,
+    "prelu": nn.PReLU,
     "identity": nn.Identity,
 }
 
@@ -88,7 +89,7 @@ class ConvBlock(nn.Sequential):
         layers: list[nn.Module] = [conv]
         if norm:
             layers.append(nn.BatchNorm2d(out))
-        layers.append(ACTIVATIONS[act]())
+        layers.append(nn.PReLU(out) if act == "prelu per channel" else ACTIVATIONS[act]())
         super().__init__(*layers)
 
 
@@ -238,6 +239,25 @@ class ChannelStatisticGate(nn.Module):
         return result
 
 
+class SoftGate(nn.Module):
+    """Every channel by its share among the channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + x.softmax(1))
+
+
+class Resized(nn.Module):
+    """A path at half the resolution, brought back and added or concatenated."""
+
+    def __init__(self, path: nn.Module, mode: str, *, add: bool) -> None:
+        super().__init__()
+        self.path, self.mode, self.add = path, mode, add
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.interpolate(self.path(x), size=x.shape[2:], mode=self.mode)
+        return x + y if self.add else torch.cat([x, y], 1)
+
+
 class SlicedGate(nn.Module):
     """One of the channels themselves gates the others."""
 
@@ -355,7 +375,7 @@ def _conv(pick: Pick, width: int, out: int, stride: int = 1) -> ConvBlock:
         stride=stride,
         norm=pick.one([True, True, False]),
         bias=pick.one([False, True]),
-        act=pick.one(list(ACTIVATIONS)),
+        act=pick.one([*ACTIVATIONS, "prelu per channel"]),
     )
 
 
@@ -498,7 +518,9 @@ def _res2(pick: Pick, at: Shape) -> tuple[nn.Module, Shape]:
 
 
 def _gate(pick: Pick, at: Shape) -> tuple[nn.Module, Shape]:
-    how = pick.one(["conv", "cbam", "mean"])
+    how = pick.one(["conv", "cbam", "mean", "softmax"])
+    if how == "softmax":
+        return SoftGate(), at
     if how == "conv":
         return SpatialGate(at.width, pick.one([1, 3])), at
     return ChannelStatisticGate(conv=how == "cbam"), at
@@ -556,6 +578,23 @@ def _attention(pick: Pick, at: Shape) -> tuple[nn.Module, Shape]:
     return SplitAttention(at.width, pick.number(2, 10)), at
 
 
+def _resized(pick: Pick, at: Shape) -> tuple[nn.Module, Shape]:
+    add = pick.one([True, False])
+    out = at.width if add else _width(pick, 4, 12)
+    path = ConvBlock(at.width, out, stride=2, act="silu")
+    mode = pick.one(["nearest", "bilinear"])
+    return Resized(path, mode, add=add), Shape(at.width if add else at.width + out, at.size)
+
+
+def _pixels(pick: Pick, at: Shape) -> tuple[nn.Module, Shape]:
+    """Pixels to channels instead of a stride, as in YOLO's first layer."""
+    if at.size % 2:
+        return _plain(pick, at)
+    out = _width(pick)
+    body = [nn.PixelUnshuffle(2), _conv(pick, 4 * at.width, out)]
+    return nn.Sequential(*body), Shape(out, at.size // 2)
+
+
 BLOCKS: dict[str, Callable[[Pick, Shape], tuple[nn.Module, Shape]]] = {
     "plain": _plain,
     "residual": _residual,
@@ -576,6 +615,8 @@ BLOCKS: dict[str, Callable[[Pick, Shape], tuple[nn.Module, Shape]]] = {
     "twice": _twice,
     "unruly": _unruly,
     "attention": _attention,
+    "resized": _resized,
+    "pixels": _pixels,
 }
 
 

@@ -5,33 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 from tests.networks import DrawnPick, Pick, SeededPick
+from tests.reference import VERSIONED, Structure
 
 
-def resolutions_of(model: nn.Module, x: Tensor) -> list[str]:
-    """``HxW`` of every feature map that one convolution writes and another layer reads.
-
-    Maps of 1x1 are left out, and so is whatever only the last layers read or write: a
-    network's prediction layers form no group of their own.
-    """
-    written: list[str] = []
-    read: list[str] = []
-
-    def note(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        read.append("x".join(str(n) for n in inputs[0].shape[2:]))
-        written.append("x".join(str(n) for n in output.shape[2:]))
-
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    handles = [m.register_forward_hook(note) for m in convolutions]
-    with torch.no_grad():
-        model(x[:1])
-    for handle in handles:
-        handle.remove()
-    return [r for r in dict.fromkeys(written[:-1]) if r in read[:-1] and r != "1x1"]
+def resolutions_of(structure: Structure) -> list[str]:
+    """``HxW`` of every feature map, larger than 1x1, that a layer reads which is no head."""
+    heads = structure.prediction_layers()
+    found = [
+        resolution
+        for path, layer in structure.layers.items()
+        for resolution, columns in zip(layer.input_resolutions, layer.columns, strict=True)
+        if path not in heads and "x" in resolution and max(columns) > VERSIONED
+    ]
+    return [r for r in dict.fromkeys(found) if r != "1x1"]
 
 
 def plan_dict(pick: Pick, resolutions: Sequence[str] = ()) -> dict[str, Any]:

@@ -252,7 +252,7 @@ class Structure:
             return fx.map_arg(node.args[0], lambda n: self.ids[n])
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: self.ids[n])
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        if not tensors:
+        if not tensors or not any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0]):
             return value
         if is_weighted(self.model, node):
             return self._layer(node, tensors[0], value)
@@ -298,7 +298,7 @@ class Structure:
             self.layers[path] = Layer(path, module, self._fresh(module.weight.shape[0]))
         layer = self.layers[path]
         if isinstance(module, nn.Conv2d):
-            columns = constant_along(ids, range(2, ids.dim()), node)[0].flatten().tolist()
+            columns = constant_along(ids, (2, 3), node)[0].flatten().tolist()
             layer.input_resolutions.append(resolution(ids))
             layer.output_resolutions.append(resolution(value))
         else:
@@ -315,6 +315,15 @@ class Structure:
         if isinstance(module, nn.Conv2d):
             return rows[None, :, None, None].expand(value.shape).clone()
         return rows.expand(value.shape).clone()
+
+    def _tied_along(self, ids: Tensor, d: int, why: str) -> Tensor:
+        first = ids.narrow(d, 0, 1)
+        both = (first > VERSIONED) & (ids > VERSIONED) & (first != ids)
+        if both.any():
+            pairs = torch.stack([first.expand(ids.shape)[both], ids[both]], 1).unique(dim=0)
+            for pair in pairs.tolist():
+                self.ties.tie(pair, why)
+        return ids.amax(d, keepdim=True)
 
     def _tie_groups(self, layer: Layer, columns: list[int]) -> None:
         groups = layer.groups
@@ -402,7 +411,7 @@ class Structure:
         return ids
 
     def _pool(self, node: fx.Node, ids: Tensor, value: Any) -> Any:
-        kept = constant_along(ids, range(2, ids.dim()), node)
+        kept = constant_along(ids, (2, 3), node)
         return tree_map(lambda leaf: kept.expand(leaf.shape).clone(), value)
 
     def _reduce(self, node: fx.Node, ids: Tensor, value: Any) -> Any:
@@ -417,14 +426,7 @@ class Structure:
         else:
             reduced = ids
             for d in dims:
-                first = reduced.narrow(d, 0, 1)
-                for other in reduced.split(1, d):
-                    both = (first > VERSIONED) & (other > VERSIONED) & (first != other)
-                    if both.any():
-                        pairs = torch.stack([first[both], other[both]], 1).unique(dim=0)
-                        for pair in pairs.tolist():
-                            self.ties.tie(pair, f"{node} reduces one of several channel axes")
-                reduced = reduced.amax(d, keepdim=True)
+                reduced = self._tied_along(reduced, d, f"{node} reduces one of several axes")
         if not keepdim:
             for d in sorted(dims, reverse=True):
                 reduced = reduced.squeeze(d)

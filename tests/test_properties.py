@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from s2d_compiler import Plan
 from s2d_compiler.errors import PlanError
@@ -26,10 +27,11 @@ RARELY_VACUOUS = 0.1
 """At most this share of the stages that the seeded tests look at may show nothing."""
 
 
-def check(drawn: Drawn, spec: dict[str, Any], seed: int, path: Path, train: bool = False) -> Any:
+def check(
+    structure: Structure, spec: dict[str, Any], x: Tensor, path: Path, train: bool = False
+) -> Any:
     """Every consequence for a settled network; what was measured, or None if refused."""
-    model, x = drawn.model, drawn.batch(8, seed)
-    structure = Structure(model, x)
+    model = structure.model
     plan = Plan.from_dict(spec)
     empty = assignment.empty_stages(structure, plan)
     model.train(train)
@@ -48,10 +50,10 @@ def test_consequences(
     data: st.DataObject, drawn: Drawn, seed: int, train: bool, tmp_path_factory: Any
 ) -> None:
     x = drawn.batch(8, seed)
-    model = settle(drawn.model, x, seed)
-    spec = data.draw(plans(resolutions_of(model, x)), label="plan")
+    structure = Structure(settle(drawn.model, x, seed), x)
+    spec = data.draw(plans(resolutions_of(structure)), label="plan")
     path = tmp_path_factory.mktemp("dyn") / "dyn.pt"
-    measured = check(drawn, spec, seed, path, train)
+    measured = check(structure, spec, x, path, train)
     if measured is None:
         event("refused: a stage adds nothing")
         return
@@ -65,9 +67,9 @@ def run_seeds(kinds: Sequence[str], seeds: Sequence[int], path: Path) -> None:
     for seed in seeds:
         drawn = seeded(seed, kinds)
         x = drawn.batch(8, seed)
-        model = settle(drawn.model, x, seed)
-        spec = seeded_plan(seed, resolutions_of(model, x))
-        measured = check(drawn, spec, seed, path)
+        structure = Structure(settle(drawn.model, x, seed), x)
+        spec = seeded_plan(seed, resolutions_of(structure))
+        measured = check(structure, spec, x, path)
         if measured is not None:
             stages += spec["stages"]
             vacuous += len(measured.vacuous)
