@@ -32,7 +32,7 @@ from rich.console import Console, ConsoleDimensions
 from rich.measure import Measurement
 
 from s2d_compiler._version import __version__
-from s2d_compiler.errors import OutputError, S2DError
+from s2d_compiler.errors import OutputError, S2DError, UsageError
 from s2d_compiler.output import check_writable
 from s2d_compiler.plan import Plan
 from s2d_compiler.plan_rules import read_input_shape
@@ -54,13 +54,6 @@ __all__ = ["UsageError", "compile_main", "main"]
 _LOGGERS = ("s2d_compiler", "passes", "py.warnings")
 #: A page that any table fits on.
 _WIDE = ConsoleDimensions(width=10_000, height=50)
-
-
-class UsageError(S2DError):
-    """A command's options contradict each other or what they are about.
-
-    ``s2d COMMAND --help`` lists what a command takes.
-    """
 
 
 @Parameter(name="*")

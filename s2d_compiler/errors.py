@@ -78,3 +78,10 @@ class OutputError(S2DError):
 
     Nothing is left behind: output files appear whole or not at all.
     """
+
+
+class UsageError(S2DError):
+    """A command's options contradict each other or what they are about.
+
+    ``s2d COMMAND --help`` lists what a command takes.
+    """

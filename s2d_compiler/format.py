@@ -12,6 +12,7 @@ One ``torch.save`` of plain containers and tensors, read with torch's weights-on
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import zipfile
@@ -32,6 +33,8 @@ from s2d_compiler.plan import Plan
 from s2d_compiler.program import attribute
 from s2d_compiler.provenance import Slice
 from s2d_compiler.report import Report
+
+log = logging.getLogger(__name__)
 
 FORMAT = "s2d-compiler dynamic network"
 VERSION = 1
@@ -179,6 +182,8 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
     name = os.fspath(path)
     try:
         data = torch.load(name, map_location=map_location, weights_only=True)
+    except IsADirectoryError as error:
+        raise FormatError(f"{name} is a directory; name the dyn.pt file inside it.") from error
     except FileNotFoundError as error:
         raise FormatError(
             f"{name}: no such file; compile one with s2d-compile MODEL --splits PLAN -o {name}."
@@ -191,9 +196,15 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
         ValueError,
         OSError,
         KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OverflowError,
     ) as error:
+        log.debug("%s: %s", name, error)
         raise FormatError(
-            f"{name} is not a dyn.pt that can be read ({_sentence(error)})."
+            f"{name} is not a dyn.pt, or is damaged: torch's weights-only loader refuses it. "
+            f"If it is a model, compile it with s2d-compile {name} --splits PLAN -o OUTPUT."
         ) from error
     return from_data(data, name)
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -375,9 +376,13 @@ class Plan:
         if concat == "none":
             return frozenset()
         if concat == "all":
-            last = self.stages if self.final == "cut" else self.stages - 1
-            return frozenset((j, i) for j in range(2, last + 1) for i in range(1, j))
+            return _every_pair(self.stages - (self.final == "original"))
         return frozenset(concat)
+
+
+@lru_cache(maxsize=8)
+def _every_pair(stages: int) -> frozenset[Pair]:
+    return frozenset((j, i) for j in range(2, stages + 1) for i in range(1, j))
 
 
 def _freeze(settings: Mapping[str, Setting], place: str) -> _Settings:

@@ -14,6 +14,12 @@ from torch import fx, nn
 SAMPLE_BATCH = 2
 
 
+def _one_node() -> fx.Graph:
+    graph = fx.Graph()
+    graph.output(())
+    return graph
+
+
 @dataclass(frozen=True)
 class Layer:
     """One weighted layer: all call sites of one weight.
@@ -95,6 +101,16 @@ class Program:
         value = attribute(self.graph_module, str(node.target))
         assert isinstance(value, torch.Tensor)
         return value
+
+
+#: Names that ``fx.GraphModule`` uses itself.
+_RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), _one_node()))) - {"0"}
+
+
+def safe_name(path: str) -> str:
+    """A module path that a graph module can hold: some names are its own."""
+    first, dot, rest = path.partition(".")
+    return f"{first}_{dot}{rest}" if first in _RESERVED else path
 
 
 def attribute(root: nn.Module, target: str) -> Any:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from s2d_compiler.program import safe_name
+
 aten = torch.ops.aten
 
 
@@ -210,7 +212,7 @@ class Raiser:
         module = entry.build(values)
         if module is None:
             return
-        path = self._path(node, owned)
+        path = safe_name(self._path(node, owned))
         configuration = (type(module), module.extra_repr(), tuple(sorted(owned.items())))
         target = self._install(path, configuration, module, owned, node)
         operand = arguments[entry.operand]

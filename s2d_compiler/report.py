@@ -168,7 +168,7 @@ def report_of(assignment: StageAssignment, first_stage: fx.GraphModule | None = 
             continue
         if name is None:
             reason = reasons.get(node.name, "it has no channels of its own")
-            status = "whole" if node.name in reasons or not is_layer(node) else "shared"
+            status = "whole" if node.name in reasons else "shared" if is_layer(node) else "cut"
             rows.append(
                 LayerReport(path_of(node) or operator_name(node), status, reason, "", macs, ())
             )

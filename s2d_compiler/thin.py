@@ -227,26 +227,36 @@ def _assign_tensor(
 def fill(root: nn.Module, slices: Mapping[str, Slice], program: Program) -> None:
     """Copy the slices' numbers from the original into the modules of a staged graph.
 
-    Equal slices within one stage share one tensor (call sites of one module).
+    One tensor of the graph stays one however many stages read it, and equal slices within one
+    stage share one parameter (call sites of one module).
     """
     tensors = originals(program)
-    made: dict[tuple[str, Slice], torch.Tensor] = {}
+    made: dict[tuple[str, Slice], nn.Parameter] = {}
+    replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps the old one, for its id
     for name, where in slices.items():
         container, _, last = name.rpartition(".")
         try:
             module = root.get_submodule(container)
         except AttributeError:
             continue
-        stage = name.split(".")[1] if name.startswith("stages.") else ""
+        old = module._parameters.get(last, module._buffers.get(last))
+        if old is None:
+            continue
         original = tensors[where.source]
-        if last in module._parameters:
-            key = (stage, where)
-            if key not in made:
+        stage = name.split(".")[1] if name.startswith("stages.") else ""
+        if id(old) not in replaced:
+            if last not in module._parameters:
+                new: torch.Tensor = where.take(original.detach())
+            elif (stage, where) in made:
+                new = made[stage, where]
+            else:
                 data = where.take(original.detach())
-                made[key] = nn.Parameter(data, requires_grad=original.requires_grad)
-            module._parameters[last] = made[key]  # type: ignore[assignment]
-        elif last in module._buffers:
-            module._buffers[last] = where.take(original.detach())
+                new = nn.Parameter(data, requires_grad=original.requires_grad)
+                made[stage, where] = new
+            replaced[id(old)] = (old, new)
+        (module._parameters if last in module._parameters else module._buffers)[last] = replaced[
+            id(old)
+        ][1]  # type: ignore[assignment]
 
 
 def originals(program: Program) -> dict[str, torch.Tensor]:

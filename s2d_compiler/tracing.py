@@ -21,7 +21,7 @@ from torch.export.graph_signature import InputKind
 from s2d_compiler.canonicalize import canonicalize
 from s2d_compiler.errors import CaptureError, InputShapeError
 from s2d_compiler.functionalize import functionalize, pieces_to_slices
-from s2d_compiler.program import Dropped, Program
+from s2d_compiler.program import Dropped, Program, safe_name
 from s2d_compiler.raising import Raiser
 
 log = logging.getLogger(__name__)
@@ -243,6 +243,7 @@ def _require_runs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Tell a wrong input shape from a model that cannot be captured."""
     error = _failure(model, inputs)
     if error is not None:
+        _require_rank(model, inputs)
         shapes = ", ".join(
             "x".join(map(str, v.shape[1:])) for v in inputs if isinstance(v, torch.Tensor)
         )
@@ -251,6 +252,25 @@ def _require_runs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
             f"{_first_line(error)}. Give the shape it was made for: example_inputs, "
             '"input_shape" in the plan, or --input-shape.'
         ) from error
+
+
+def _require_rank(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Say plainly when the number of dimensions cannot be right."""
+    try:
+        expected = guess_input_shape(model)
+    except InputShapeError:
+        return
+    if (
+        len(inputs) == 1
+        and isinstance(inputs[0], torch.Tensor)
+        and inputs[0].dim() != len(expected) + 1
+    ):
+        given = "x".join(map(str, inputs[0].shape[1:]))
+        raise InputShapeError(
+            f"the input shape {given} has {inputs[0].dim() - 1} dimensions, but the model's first "
+            f"convolution takes {len(expected)} (channels first, without the batch), such as "
+            f"{'x'.join(map(str, expected))}; give that many."
+        )
 
 
 def _first_line(error: BaseException) -> str:
@@ -323,10 +343,11 @@ class _Lifted:
                 tensor = tensors.get(target, buffers.get(target))
                 assert tensor is not None, target
                 target = names.get(id(tensor), target)
-                self.attributes[spec.arg.name] = target
-                _assign(self.root, target, tensor, persistent=target in persistent)
+                held = safe_name(target)
+                self.attributes[spec.arg.name] = held
+                _assign(self.root, held, tensor, persistent=target in persistent)
                 if target in persistent:
-                    self.sources[target] = target
+                    self.sources[held] = target
             elif spec.kind == InputKind.CONSTANT_TENSOR:
                 self.constants[spec.arg.name] = exported.constants[str(spec.target)]
 

@@ -195,6 +195,62 @@ class RawParameters(Odd):
         return self.conv(x * F.softplus(self.scale) + self.shift.view(1, -1, 1, 1) + self.table)
 
 
+class SharedScalar(Odd):
+    """One learned number for all channels, used by every stage."""
+
+    def build(self) -> None:
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.conv = nn.Conv2d(16, 16, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.conv(x / self.temperature.exp())
+
+
+class AwkwardNames(nn.Module):
+    """Submodules and parameters whose names torch.fx uses itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph, self.code = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.shared = nn.Sequential(nn.Conv2d(16, 16, 1))
+        self.stages = nn.ModuleList([nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)])
+        self.meta = nn.Linear(16, 10)
+        self.recompile = nn.Parameter(torch.ones(16, 1, 1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.shared(self.code(self.graph(input)) * self.recompile)
+        for conv in self.stages:
+            x = conv(x).relu()
+        return self.meta(x.mean((2, 3)))
+
+
+class BlurredPooling(Odd):
+    """A fixed filter per channel, kept in a buffer that is not saved."""
+
+    def build(self) -> None:
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        kernel = torch.tensor([1.0, 2.0, 1.0])
+        filters = (kernel[:, None] * kernel / 16).repeat(16, 1, 1, 1)
+        self.register_buffer("filters", filters, persistent=False)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.conv(F.conv2d(F.relu(self.conv(x)), self.filters, stride=2, groups=16))
+
+
+class StandardizedConvolution(Odd):
+    """A convolution whose weight is computed from another tensor: no rule yet."""
+
+    def build(self) -> None:
+        self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        weight = self.a.weight
+        weight = (weight - weight.mean((1, 2, 3), keepdim=True)) / weight.std(
+            (1, 2, 3), keepdim=True
+        )
+        return self.b(F.conv2d(x, weight, self.a.bias, padding=1))
+
+
 class TransposedConvolutions(Odd):
     """Dense, grouped and depthwise transposed convolutions."""
 
@@ -373,8 +429,8 @@ class FixedBatch(Odd):
         return self.fc(x.mean((2, 3)).view(5, 16))
 
 
-MODELS: dict[str, type[Odd]] = {
+MODELS: dict[str, type[nn.Module]] = {
     name: value
     for name, value in list(globals().items())
-    if isinstance(value, type) and issubclass(value, Odd) and value is not Odd
+    if isinstance(value, type) and issubclass(value, nn.Module) and value is not Odd
 }

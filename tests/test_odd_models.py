@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from s2d_compiler import Plan, load
+from s2d_compiler import DynamicModel, Plan, load
 from s2d_compiler.analysis.assignment import assign
 from s2d_compiler.analysis.channels import analyse_channels
 from s2d_compiler.checking import check
@@ -29,12 +31,34 @@ UNKNOWN = {
     "LocalResponse": {"aten.avg_pool3d"},
     "RunningSum": {"aten.cumsum"},
     "ChannelAttention1d": {"Conv1d"},
+    "StandardizedConvolution": {"aten.conv2d"},
     "Attention": {"aten.view", "aten.scaled_dot_product_attention"},
 }
 
 
 def plan_of(data: dict[str, Any]) -> Plan:
     return Plan.from_dict({"groups": 8, **data})
+
+
+def _require_counted(dyn: DynamicModel, x: torch.Tensor) -> None:
+    """Every stage costs what torch's own counter sees it run."""
+    exits = dyn.exits(x)
+    for stage in dyn.cost.stages:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            next(exits)
+        assert counter.get_total_flops() == 2 * stage.macs * len(x)
+
+
+def _require_stored_once(dyn: DynamicModel) -> None:
+    """A slice outside heads and a last original stage is one tensor, however often it is named."""
+    if dyn.plan.final == "original":
+        return
+    heads = {row.layer.rstrip("_") for row in dyn.report.layers if row.status == "prediction"}
+    seen: dict[object, int] = {}
+    for name, parameter in dyn.named_parameters(remove_duplicate=False):
+        where = dyn.provenance[name]
+        if not any(where.source.startswith(f"{head}.") for head in heads):
+            assert seen.setdefault(where, id(parameter)) == id(parameter), name
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -61,6 +85,8 @@ def test_odd_model(name: str, tmp_path: Path) -> None:
         proof = check(dyn, assignment)
         assert not proof.is_vacuous
         assert max(proof.errors) < 1e-9
+        _require_stored_once(dyn)
+        _require_counted(dyn, x)
         dyn.save(tmp_path / "dyn.pt")
         again = load(tmp_path / "dyn.pt")
         for a, b in zip(pytree.tree_leaves(dyn(x)), pytree.tree_leaves(again(x)), strict=True):

@@ -430,7 +430,7 @@ def test_refusals_in_python_name_the_place() -> None:
         Plan(3, 8, Setting((4, 6), "all"), 5)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="no Setting"):
         Plan(3, 8, Setting((4, 6), "all"), layers={"a": (4, 6)})  # type: ignore[dict-item]
-    with pytest.raises(PlanError, match='^split: "x" is no whole'):
+    with pytest.raises(PlanError, match=r'^split: "x" is no whole'):
         Setting(("x",))  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="a value of type int is too many"):
         Plan(3, 10**5000, Setting((4, 6), "all"))

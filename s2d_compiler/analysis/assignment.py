@@ -93,7 +93,7 @@ def assign(program: Program, channels: ChannelAnalysis, plan: Plan) -> StageAssi
         order = family.atoms if plan.order == "index" else _by_weight(program, channels, family)
         owners[list(order)] = family_owners(len(order), split, plan.groups)
         owners[list(family.atoms[: family.pinned])] = 1
-    _require_every_stage(owners, plan)
+    _require_every_stage(owners, plan, channels)
     reads = {name: plan.reads(layer.resolution, name) for name, layer in channels.layers.items()}
     return StageAssignment(program, channels, plan, owners, reads)
 
@@ -140,7 +140,7 @@ def row_weights(program: Program, layer: str) -> npt.NDArray[np.float64]:
     return np.asarray(by_group.flatten(2).sum(2).flatten())
 
 
-def _require_every_stage(owners: Owners, plan: Plan) -> None:
+def _require_every_stage(owners: Owners, plan: Plan, channels: ChannelAnalysis) -> None:
     thin = plan.stages - (plan.final == "original")
     empty = [
         stage for stage in range(1, thin + 1) if plan.stages > 1 and not (owners == stage).any()
@@ -150,6 +150,9 @@ def _require_every_stage(owners: Owners, plan: Plan) -> None:
     remedy = "move the cut points apart, or use fewer stages"
     if not len(owners):
         remedy = "the model has no layer whose channels can be cut; use one stage"
+    if channels.unknown:
+        names = ", ".join(sorted({f"{use.operator} ({use.reason})" for use in channels.unknown}))
+        remedy += f". Operators that could not be followed: {names}"
     raise PlanError(
         f"plan: stage {empty[0]} of {plan.stages} owns no channel of any layer "
         f"(groups {plan.groups}, default split {list(plan.default.split or ())}); {remedy}."

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from torch import fx, nn
 
-from s2d_compiler.analysis.labels import VERSIONED, Labels, uniform
-from s2d_compiler.layout import Layout
+from s2d_compiler.analysis.labels import NOBODY, VERSIONED, Labels, uniform
+from s2d_compiler.layout import Layout, layout
 from s2d_compiler.program import shape_of
+from s2d_compiler.raising import schema_arguments
 from s2d_compiler.rules.base import NoRule, OperatorRule, register
-from s2d_compiler.rules.channelwise import operand_of
+from s2d_compiler.rules.channelwise import marked, operand_of
+from s2d_compiler.rules.products import product_macs
 
 if TYPE_CHECKING:
     from s2d_compiler.analysis.channels import ChannelContext
@@ -130,6 +132,46 @@ class Linear(WeightedLayer):
         return builder.thin_layer(node, where, stage)
 
 
+class FixedFilter(OperatorRule):
+    """A depthwise convolution whose filter is a constant (blurred pooling): per channel."""
+
+    family: ClassVar[str] = "fixed filter"
+
+    def labels(self, context: ChannelContext, node: fx.Node) -> Labels:
+        arguments = schema_arguments(node)
+        weight, labels = arguments["weight"], context.labels_of(operand_of(node))
+        channels = shape_of(operand_of(node))[1]
+        if not isinstance(weight, fx.Node) or (context.labels_of(weight) != NOBODY).any():
+            raise NoRule("its weight depends on the input")
+        if arguments["groups"] != channels or shape_of(weight)[0] != channels:
+            raise NoRule("its weight is computed from other weights")
+        if arguments["bias"] is not None or labels.ndim != len(shape_of(weight)):
+            raise NoRule("its weight is computed from other weights")
+        if any(size > 1 for d, size in enumerate(labels.shape) if d != 1):
+            raise NoRule("channels lie along a dimension that it looks along")
+        return marked(labels)
+
+    def lower(self, builder: StageBuilder, node: fx.Node, where: Layout, stage: int) -> fx.Node:
+        arguments = schema_arguments(node)
+        weight = arguments["weight"]
+        source = builder.read(operand_of(node), where, stage)
+        if where.dimensions:
+            positions = np.asarray(where.positions, dtype=np.int64)
+            frame = tuple(n if d == 0 else 1 for d, n in enumerate(shape_of(weight)))
+            kernel = builder.read(weight, layout(frame, positions), stage)
+            arguments["groups"] = len(positions)
+        else:
+            kernel = builder.read(weight, layout((1,) * len(where.frame), _WHOLE), stage)
+        arguments |= {"input": source, "weight": kernel}
+        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        return builder.emit(node, tuple(arguments[n] for n in names), {}, stage)
+
+    def macs(self, node: fx.Node) -> int:
+        return product_macs(node)
+
+
+_WHOLE = np.zeros(1, dtype=np.int64)
+
 CONVOLUTION_CLASSES = (
     "Conv1d",
     "Conv2d",
@@ -142,6 +184,7 @@ LAYER_CLASSES = (*CONVOLUTION_CLASSES, "Linear")
 
 register(Convolution(), CONVOLUTION_CLASSES)
 register(Linear(), ["Linear"])
+register(FixedFilter(), ["aten.conv1d", "aten.conv2d", "aten.conv3d"])
 
 
 def is_layer(node: fx.Node) -> bool:

@@ -25,7 +25,10 @@ def only_dimension(labels: Labels, dimension: int) -> None:
 
 
 class PerChannel(OperatorRule):
-    """Batch norm, instance norm, PReLU: parameters follow their channel."""
+    """Batch norm, instance norm, PReLU: parameters follow their channel.
+
+    A PReLU with one slope for all channels is one module that the stages share.
+    """
 
     family: ClassVar[str] = "norm per channel"
 
@@ -36,6 +39,8 @@ class PerChannel(OperatorRule):
 
     def lower(self, builder: StageBuilder, node: fx.Node, where: Layout, stage: int) -> fx.Node:
         source = builder.read(operand_of(node), where, stage)
+        if getattr(builder.program.module(node), "num_parameters", 0) == 1:
+            return builder.whole_module(node, (source,), stage)
         return builder.thin_per_channel(node, source, where, stage)
 
 

@@ -1,0 +1,54 @@
+"""MACs of operators that multiply matrices, whether or not channels can be followed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+from s2d_compiler.program import SAMPLE_BATCH, batch_dimensions, shape_of, tensor_value
+
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
+
+
+def product_macs(node: fx.Node) -> int:
+    """MACs per sample of one run at full size; 0 for an operator without a product.
+
+    Convolutions, linear layers, attention and ``matmul`` by their shapes; everything else
+    that multiplies matrices by torch's own formulas.
+    """
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return 0
+    shapes = [shape_of(n) for n in node.all_input_nodes if tensor_value(n) is not None]
+    batch = SAMPLE_BATCH if batch_dimensions(node) else 1
+    return _run_macs(node, target, shapes) // batch
+
+
+def _run_macs(node: fx.Node, target: torch._ops.OpOverload, shapes: list[tuple[int, ...]]) -> int:
+    name, out = target._opname, shape_of(node)
+    if name in _CONVOLUTIONS and len(shapes) >= 2 and len(out) == len(shapes[1]):
+        return _size(shapes[1]) * _size(out) // out[1]
+    if name.startswith("conv_transpose") and len(shapes) >= 2:
+        return _size(shapes[1]) * _size(shapes[0]) // shapes[0][1]
+    if name == "linear" and len(shapes) >= 2:
+        return _size(out) * shapes[1][-1]
+    if name == "matmul" and len(shapes) == 2:
+        return _size(out) * shapes[0][-1]
+    if name == "scaled_dot_product_attention":
+        (*outer, length, width), (*_, keys, _), (*_, value_width) = shapes[:3]
+        return _size((*outer, length, keys)) * (width + value_width)
+    if target.overloadpacket not in flop_registry or not all(
+        isinstance(a, fx.Node) for a in node.args
+    ):
+        return 0
+    meta = [torch.empty(shape, device="meta") for shape in shapes]
+    return (
+        int(flop_registry[target.overloadpacket](*meta, out_val=torch.empty(out, device="meta")))
+        // 2
+    )
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
