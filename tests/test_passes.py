@@ -7,11 +7,8 @@ diff. The numbers are compared with the masked form, in float64.
 from __future__ import annotations
 
 import operator
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -20,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import s2d_compiler
-from passes.base import Pass, PassResult, Pipeline
+from passes.base import Pass, PassResult
 from passes.concat import ConcatFeatures
 from passes.cost import CountCost
 from passes.exits import AddExits
-from passes.extract import ExtractStages
 from passes.original import AppendOriginal
 from passes.split import SplitChannels
 from s2d_compiler.analysis.assignment import StageAssignment, assign
@@ -499,50 +495,6 @@ def test_a_pass_must_leave_a_verified_graph(exits: fx.GraphModule) -> None:
         Edit(forget).run(exits)
 
 
-def test_pipelines_are_values() -> None:
-    first, second, third = (Edit(add_relu, promise=p) for p in ("", "a", "b"))
-    extract = ExtractStages()
-    pipeline = Pipeline((extract,))
-    longer = pipeline.insert_after("extract-stages", first, second).insert_before(
-        "extract-stages", third
-    )
-    assert pipeline.passes == (extract,)
-    assert longer.passes == (third, extract, first, second)
-    with pytest.raises(PassError, match="no pass is named 'extract'; the pipeline has extract-st"):
-        pipeline.insert_after("extract", first)
-
-
-def test_a_pass_of_ones_own_runs_in_transform() -> None:
-    model = Residual().double()
-    x = torch.randn(3, 3, 6, 6, dtype=torch.float64)
-
-    def negate(graph_module: fx.GraphModule) -> None:
-        for node in list(graph_module.graph.nodes):
-            if node.target is torch.ops.aten.relu.default:
-                node.target = torch.ops.aten.tanh.default
-
-    seen: list[str] = []
-    dyn = s2d_compiler.transform(
-        model,
-        {"stages": 1, "groups": 1, "default": {"split": [], "concat": "all"}},
-        (x,),
-        pipeline=lambda p: p.insert_after("add-exits", Edit(negate)),
-        between=lambda each, graph_module: seen.append(each.name),
-    )
-    assert seen == [
-        "split-channels",
-        "concat-features",
-        "add-exits",
-        "edit",
-        "extract-stages",
-        "count-cost",
-    ]
-    model.eval()
-    y = torch.tanh(model.bn1(model.conv1(x)))
-    wanted = model.fc(torch.tanh(model.conv2(y) + y).mean((2, 3)))
-    torch.testing.assert_close(dyn(x)[0], wanted, rtol=1e-10, atol=1e-10)
-
-
 # -- the verifier --------------------------------------------------------------------------
 
 
@@ -655,19 +607,6 @@ def test_verifier_looks_into_extracted_stages(
     message = corrupt(stage)
     with pytest.raises(PassError, match=message):
         verify_graph(network)
-
-
-@pytest.mark.parametrize("module", ["passes", "passes.base", "passes.split"])
-def test_passes_can_be_imported_first(module: str) -> None:
-    """As in a file with a pass of one's own, whose imports are sorted."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {module}"],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_the_passes_of_a_pipeline_have_names_and_print_in_one_line() -> None:
