@@ -123,10 +123,13 @@ def node_macs(program: Program, stage: fx.GraphModule, node: fx.Node) -> int:
         return 0
     if node.op == "call_module" and is_layer(origin):
         weight: Any = stage.get_submodule(str(node.target)).weight
-        return int(weight.numel() * layer_positions(origin))
-    if node.op == "call_function" and node.target is origin.target:
-        return (find_rule(origin) or UNKNOWN).macs(origin)
-    return 0
+        macs = int(weight.numel() * layer_positions(origin))
+    elif node.op == "call_function" and node.target is origin.target:
+        macs = (find_rule(origin) or UNKNOWN).macs(origin)
+    else:
+        return 0
+    taken, total = node.meta.get("share", (1, 1))
+    return int(macs * taken // total)
 
 
 def cost_of(program: Program, stages: list[fx.GraphModule]) -> Cost:

@@ -126,10 +126,18 @@ class Linear(WeightedLayer):
         labels = builder.labels(operand_of(node))
         if labels.shape[-1] == 1 and any(size > 1 for size in labels.shape):
             source = builder.read(operand_of(node), where, stage)
-            return builder.whole_module(node, (source,), stage)
+            return with_share(builder.whole_module(node, (source,), stage), where)
         if builder.is_prediction(node):
             return builder.head(node, stage)
         return builder.thin_layer(node, where, stage)
+
+
+def with_share(created: fx.Node, where: Layout) -> fx.Node:
+    """Say that a node computes only these of its operator's channel positions, for the cost."""
+    total = int(np.prod(where.frame, dtype=np.int64))
+    if len(where.positions) != total:
+        created.meta["share"] = (len(where.positions), total)
+    return created
 
 
 class FixedFilter(OperatorRule):
@@ -164,7 +172,8 @@ class FixedFilter(OperatorRule):
             kernel = builder.read(weight, layout((1,) * len(where.frame), _WHOLE), stage)
         arguments |= {"input": source, "weight": kernel}
         names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-        return builder.emit(node, tuple(arguments[n] for n in names), {}, stage)
+        created = builder.emit(node, tuple(arguments[n] for n in names), {}, stage)
+        return with_share(created, where)
 
     def macs(self, node: fx.Node) -> int:
         return product_macs(node)
