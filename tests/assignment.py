@@ -45,6 +45,13 @@ class Family:
 
 def families(structure: Structure) -> list[Family]:
     """The families of the network's atoms; rows of prediction layers are in none."""
+    if "families" not in structure.memo:
+        structure.memo["families"] = _families(structure)
+    found: list[Family] = structure.memo["families"]
+    return found
+
+
+def _families(structure: Structure) -> list[Family]:
     heads = set(structure.prediction_layers())
     members: dict[int, set[int]] = defaultdict(set)
     writers: dict[int, dict[str, int]] = defaultdict(dict)
@@ -167,11 +174,8 @@ def planned_assignment(
 
 def has_free_cut(structure: Structure, family: Family) -> bool:
     """Whether a gate is among several atoms of the family."""
-    pinned = any(
-        structure.ties.find(gate) == structure.ties.find(min(atom))
-        for gate in structure.gates
-        for atom in family.atoms
-    )
+    gates = {structure.ties.find(gate) for gate in structure.gates}
+    pinned = any(structure.ties.find(min(atom)) in gates for atom in family.atoms if gates)
     return pinned and len(family.atoms) > 1
 
 

@@ -229,6 +229,7 @@ class Structure:
         self._path_of: dict[int, str] = {}
         self._sites: dict[int, Tensor] = {}
         self._predictions: list[str] | None = None
+        self.memo: dict[str, Any] = {}  # what callers worked out about this structure
         self._run(x[:1])
 
     # -- walking
