@@ -29,6 +29,32 @@ class PassResult:
     changed: bool
 
 
+#: Forms of a graph, in the order in which passes bring it there (``meta["form"]``).
+EMPTY, SPLIT, EXITS, STAGES = "empty", "split", "with exits", "in stages"
+
+
+def require_form(graph_module: fx.GraphModule, name: str, form: str) -> None:
+    """Refuse a graph that the passes before this one have not made.
+
+    Raises:
+        PassError: The graph has another form.
+    """
+    found = graph_module.meta.get("form", "of no known form")
+    if found != form:
+        makers = {EMPTY: "new_staged_graph", SPLIT: "split-channels", EXITS: "add-exits"}
+        raise PassError(
+            f"{name} needs a graph that is {form}, this one is {found}; "
+            f"run it after {makers.get(form, 'extract-stages')}"
+        )
+
+
+def graph_text(graph_module: fx.GraphModule) -> str:
+    """All graphs of a graph module as text, those of its stages included."""
+    return "\n".join(
+        str(module.graph) for module in graph_module.modules() if isinstance(module, fx.GraphModule)
+    )
+
+
 class Pass(ABC):
     """One rewrite of a staged graph.
 
@@ -55,11 +81,11 @@ class Pass(ABC):
         Raises:
             PassError: A condition does not hold; a note says which pass was running.
         """
-        before = str(graph_module.graph)
+        before = graph_text(graph_module)
         try:
             self.requires(graph_module)
             result = self.call(graph_module)
-            if not result.changed and str(result.graph_module.graph) != before:
+            if not result.changed and graph_text(result.graph_module) != before:
                 raise PassError(f"{self.name} changed the graph and said that it did not")
             result.graph_module.graph.lint()
             verify_graph(result.graph_module)

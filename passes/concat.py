@@ -10,9 +10,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from passes.base import Pass, PassResult
+from passes.base import SPLIT, Pass, PassResult, require_form
 from s2d_compiler.analysis.assignment import StageAssignment
-from s2d_compiler.errors import PassError
 from s2d_compiler.staging import StageBuilder
 from s2d_compiler.thin import remove_module
 
@@ -32,8 +31,7 @@ class ConcatFeatures(Pass):
         return f"ConcatFeatures(stages={self.assignment.stages})"
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        if all(node.op in ("placeholder", "output") for node in graph_module.graph.nodes):
-            raise PassError("concat-features needs a split graph; run split-channels first")
+        require_form(graph_module, self.name, SPLIT)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         builder = StageBuilder(graph_module, self.assignment, reuse=True)

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from passes.base import Pass, PassResult
+from passes.base import STAGES, Pass, PassResult, require_form
 from s2d_compiler.analysis.cost import node_macs
-from s2d_compiler.errors import PassError
 from s2d_compiler.program import Program
 
 
@@ -27,8 +26,7 @@ class CountCost(Pass):
         return "CountCost()"
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        if not any(node.op == "call_module" for node in graph_module.graph.nodes):
-            raise PassError("count-cost needs extracted stages; run extract-stages first")
+        require_form(graph_module, self.name, STAGES)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         for called in graph_module.graph.nodes:

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from passes.base import Pass, PassResult
-from passes.split import output_nodes
+from passes.base import EXITS, SPLIT, Pass, PassResult, require_form
+from passes.split import exit_of
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.errors import PassError
 from s2d_compiler.staging import StageBuilder
@@ -35,8 +35,7 @@ class AddExits(Pass):
         return f"AddExits(stages={self.assignment.stages})"
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        if all(node.op in ("placeholder", "output") for node in graph_module.graph.nodes):
-            raise PassError("add-exits needs a split graph; run split-channels first")
+        require_form(graph_module, self.name, SPLIT)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
@@ -44,10 +43,11 @@ class AddExits(Pass):
         builder = StageBuilder(graph_module, self.assignment, reuse=True)
         with builder.inserting_before(output):
             exits = tuple(
-                tuple(builder.full(node, stage) for node in output_nodes(self.assignment))
+                exit_of(builder, self.assignment, stage)
                 for stage in range(1, self.assignment.thin_stages + 1)
             )
         output.args = (exits,)
+        graph_module.meta["form"] = EXITS
         graph.eliminate_dead_code()
         return PassResult(graph_module, changed=True)
 

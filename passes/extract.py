@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from passes.base import Pass, PassResult
-from s2d_compiler.errors import PassError
+from passes.base import EXITS, STAGES, Pass, PassResult, require_form
 from s2d_compiler.program import attribute
 from s2d_compiler.provenance import Slice
 from s2d_compiler.staging import SHARED
@@ -31,9 +30,7 @@ class ExtractStages(Pass):
     name: ClassVar[str] = "extract-stages"
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        output = next((n for n in graph_module.graph.nodes if n.op == "output"), None)
-        if output is None or not all(isinstance(e, tuple) for e in output.args[0]):
-            raise PassError("extract-stages needs one output per stage; run add-exits first")
+        require_form(graph_module, self.name, EXITS)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         work = _Extraction(graph_module)
@@ -49,10 +46,11 @@ class _Extraction:
     def run(self) -> fx.GraphModule:
         graph = self.graph_module.graph
         output = next(node for node in graph.nodes if node.op == "output")
-        self.exits: list[tuple[fx.Node, ...]] = list(output.args[0])
+        self.exits: list[tuple[Any, ...]] = list(output.args[0])
         self._place(output)
         self._localise_sizes()
         result = fx.GraphModule(nn.Module(), fx.Graph(), class_name="DynamicNetwork")
+        result.meta["form"] = STAGES
         result.meta["slices"] = {}
         environment = {
             node: result.graph.placeholder(str(node.target))
@@ -90,7 +88,7 @@ class _Extraction:
         )
 
     def _localise_sizes(self) -> None:
-        """Take a batch size from a tensor that the stage has anyway."""
+        """A batch size belongs to no stage: each one takes it again from a tensor."""
         for node in list(self.graph_module.graph.nodes):
             if node.target is aten.sym_size.int:
                 self.stage_of.pop(node, None)
@@ -177,11 +175,11 @@ class _StageGraph:
         for node in self.own:
             if not self.work._is_local(node):
                 visit(node)
-        needed.update(
-            n
-            for n in self.work.exits[self.stage - 1]
-            if n not in self.own_set and not self.work._is_local(n)
-        )
+        for leaf in self.work.exits[self.stage - 1]:
+            if isinstance(leaf, fx.Node) and self.work._is_local(leaf):
+                visit(leaf)
+            elif isinstance(leaf, fx.Node) and leaf not in self.own_set:
+                needed.add(leaf)
         return sorted(needed, key=order.__getitem__)
 
     def _copy(self, node: fx.Node) -> fx.Node:
@@ -204,7 +202,7 @@ class _StageGraph:
     def _adopt(self, target: str) -> str:
         """Take an attribute of the staged graph into this stage; returns its name here."""
         prefix = f"stages.{self.stage - 1}."
-        name = target.removeprefix(prefix).removeprefix(f"{SHARED}.")
+        name = target.removeprefix(prefix if target.startswith(prefix) else f"{SHARED}.")
         value = attribute(self.work.graph_module, target)
         name = _install(self.root, name, value, self._persistent(target))
         for key, where in self.work.slices_of(target):
@@ -216,8 +214,8 @@ class _StageGraph:
         module = self.work.graph_module.get_submodule(container)
         return last not in module._non_persistent_buffers_set
 
-    def finish(self, prediction: tuple[fx.Node, ...], handed: list[fx.Node]) -> None:
-        leaves = tuple(self._copy(n) for n in prediction)
+    def finish(self, prediction: tuple[Any, ...], handed: list[fx.Node]) -> None:
+        leaves = tuple(self._copy(n) if isinstance(n, fx.Node) else n for n in prediction)
         self.graph.output((leaves, tuple(self.map[n] for n in handed)))
 
     def graph_module(self) -> fx.GraphModule:

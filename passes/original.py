@@ -8,9 +8,8 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from passes.base import Pass, PassResult
+from passes.base import STAGES, Pass, PassResult, require_form
 from passes.extract import keep_unsaved
-from s2d_compiler.errors import PassError
 from s2d_compiler.program import Program, attribute
 from s2d_compiler.provenance import Slice
 from s2d_compiler.thin import meta_copy
@@ -30,8 +29,7 @@ class AppendOriginal(Pass):
         return "AppendOriginal()"
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        if not any(node.op == "call_module" for node in graph_module.graph.nodes):
-            raise PassError("append-original needs extracted stages; run extract-stages first")
+        require_form(graph_module, self.name, STAGES)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
@@ -64,9 +62,8 @@ def whole_stage(program: Program, class_name: str) -> tuple[fx.GraphModule, dict
         }
         if node.op in ("call_module", "get_attr"):
             _copy_attribute(program, root, str(node.target), slices)
-    leaves = program.output.args[0]
-    assert isinstance(leaves, list | tuple)
-    graph.output((tuple(map_[n] for n in leaves if isinstance(n, fx.Node)), ()))
+    leaves = tuple(map_[n] if isinstance(n, fx.Node) else n for n in program.output_leaves)
+    graph.output((leaves, ()))
     result = fx.GraphModule(root, graph, class_name=class_name)
     keep_unsaved(root, result)
     return result, slices

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from s2d_compiler.analysis.assignment import StageAssignment
-from s2d_compiler.compiler import compile_program
+from s2d_compiler.compiler import Steps, compile_program
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import CheckError
 from s2d_compiler.masked import masked_outputs, static_outputs
@@ -57,7 +57,12 @@ class Proof:
 
 
 def check(
-    dyn: DynamicModel, assignment: StageAssignment, *, seed: int = 0, batch: int = 4
+    dyn: DynamicModel,
+    assignment: StageAssignment,
+    *,
+    seed: int = 0,
+    batch: int = 4,
+    steps: Steps | None = None,
 ) -> Proof:
     """Prove a fresh transform result.
 
@@ -66,12 +71,19 @@ def check(
     inputs), and compared with the masked form on random inputs. The graphs must be the same
     as ``dyn``'s, and every tensor of ``dyn`` must be its slice of the original.
 
+    Args:
+        dyn: The result.
+        assignment: What it was made from.
+        seed: Of the random weights and inputs.
+        batch: Number of inputs.
+        steps: The ``pipeline`` argument that it was made with, if any.
+
     Raises:
         CheckError: Any of this differs.
     """
     tensors = check_weights(dyn, assignment.program)
     for attempt in range(_ATTEMPTS):
-        proof = replace(_compare(dyn, assignment, seed + attempt, batch), tensors=tensors)
+        proof = replace(_compare(dyn, assignment, seed + attempt, batch, steps), tensors=tensors)
         if not proof.is_vacuous:
             break
     else:
@@ -104,13 +116,15 @@ def check_weights(dyn: DynamicModel, program: Program) -> int:
     return len(dyn.provenance)
 
 
-def _compare(dyn: DynamicModel, assignment: StageAssignment, seed: int, batch: int) -> Proof:
+def _compare(
+    dyn: DynamicModel, assignment: StageAssignment, seed: int, batch: int, steps: Steps | None
+) -> Proof:
     generator = torch.Generator().manual_seed(seed)
     program = random_program(assignment.program, generator)
     program_inputs = random_inputs(program, generator, batch)
     settle(program.graph_module, program_inputs)
     mine = replace(assignment, program=program)
-    staged = compile_program(program, assignment.plan, assignment=mine)
+    staged = compile_program(program, assignment.plan, assignment=mine, pipeline=steps)
     _require_same_graphs(dyn, staged)
     with torch.no_grad():
         found = staged(*program_inputs)
@@ -134,11 +148,11 @@ def compare(found: Iterable[Any], expected: Iterable[Any]) -> tuple[float, float
     """Largest error relative to the spread over inputs, and smallest spread relative to size."""
     worst, narrowest = 0.0, float("inf")
     for got, want in zip(found, expected, strict=True):
-        if not isinstance(want, torch.Tensor) or not want.is_floating_point():
-            worst = max(
-                worst,
-                0.0 if torch.equal(torch.as_tensor(got), torch.as_tensor(want)) else float("inf"),
-            )
+        if not isinstance(want, torch.Tensor):
+            worst = worst if got == want else float("inf")
+            continue
+        if not want.is_floating_point():
+            worst = worst if torch.equal(got, want) else float("inf")
             continue
         if got.shape != want.shape:
             return float("inf"), 1.0

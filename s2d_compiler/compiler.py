@@ -30,6 +30,7 @@ from s2d_compiler.thin import fill
 from s2d_compiler.tracing import capture
 
 Between = Callable[[Pass, fx.GraphModule], None]
+Steps = Callable[[Pipeline], Pipeline]
 
 
 def default_pipeline(assignment: StageAssignment) -> Pipeline:
@@ -51,7 +52,7 @@ def transform(
     plan: Plan | Mapping[str, Any],
     example_inputs: Sequence[Any] | None = None,
     *,
-    pipeline: Callable[[Pipeline], Pipeline] | None = None,
+    pipeline: Steps | None = None,
     between: Between | None = None,
     made_by: Mapping[str, Any] | None = None,
 ) -> DynamicModel:
@@ -83,7 +84,7 @@ def compile_program(
     program: Program,
     plan: Plan,
     *,
-    pipeline: Callable[[Pipeline], Pipeline] | None = None,
+    pipeline: Steps | None = None,
     between: Between | None = None,
     made_by: Mapping[str, Any] | None = None,
     assignment: StageAssignment | None = None,

@@ -35,9 +35,8 @@ def masked_outputs(assignment: StageAssignment, inputs: tuple[Any, ...]) -> list
     with torch.no_grad():
         for stage in range(1, assignment.thin_stages + 1):
             runs.append(_Run(assignment, stage, runs[-1] if runs else None).run(inputs))
-    leaves = assignment.program.output.args[0]
-    assert isinstance(leaves, list | tuple)
-    return [tuple(run[n] for n in leaves if isinstance(n, fx.Node)) for run in runs]
+    leaves = assignment.program.output_leaves
+    return [tuple(run[n] if isinstance(n, fx.Node) else n for n in leaves) for run in runs]
 
 
 class _Run:

@@ -90,6 +90,13 @@ class Program:
     def output(self) -> fx.Node:
         return next(node for node in reversed(list(self.nodes)) if node.op == "output")
 
+    @property
+    def output_leaves(self) -> tuple[Any, ...]:
+        """The flat outputs: nodes, and what the model returns besides tensors."""
+        leaves = self.output.args[0]
+        assert isinstance(leaves, list | tuple)
+        return tuple(leaves)
+
     def module(self, node: fx.Node) -> Any:
         """The raised module that a ``call_module`` node calls."""
         assert node.op == "call_module"

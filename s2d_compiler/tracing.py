@@ -129,6 +129,11 @@ def _own_batches(
 
 def _rebatched(value: Any) -> Any:
     """An example with the batch size of the capture."""
+    if isinstance(value, dict | list | tuple):
+        raise InputShapeError(
+            f"an example input is a {type(value).__name__}; inputs must be tensors or plain "
+            "numbers. Wrap the model in one whose forward takes the tensors one by one."
+        )
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return value
     if value.shape[0] == 0:
@@ -311,6 +316,10 @@ def _program(
     canonicalize(graph, lambda value: lifted.add_constant(value, graph_module))
     Raiser(graph_module, lifted.sources, model).run()
     output_spec = _flat_output(graph, exported)
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if batch is not None and isinstance(value, torch.Tensor) and value.shape[:1] == (batch,):
+            node.meta["fixed_batch"] = batch
     graph.lint()
     graph_module.recompile()
     return Program(

@@ -271,6 +271,13 @@ class SeveralOutputs(Odd):
         return {"classes": self.head(y), "features": (y, y.mean((2, 3)))}
 
 
+class MixedOutputs(Odd):
+    """Outputs that are no tensors: a missing loss, a number, the batch size."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": super().forward(x), "loss": None, "classes": 10, "count": x.shape[0]}
+
+
 class CalledTwice(Odd):
     """One convolution at two places and resolutions."""
 

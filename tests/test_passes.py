@@ -123,7 +123,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, 4, 4)).permute(2, 0, 3, 1, 4)
         a = torch.softmax(q @ k.transpose(-2, -1) * 0.5, -1) @ v
         x = x + self.proj(a.transpose(1, 2).flatten(2))
-        return self.fc(self.norm2(x)[:, 0])
+        return self.fc(self.norm2(x).mean(1))
 
 
 NETWORKS: dict[str, type[nn.Module]] = {

@@ -437,27 +437,6 @@ def test_an_unknown_operator_on_the_input_is_nobodys() -> None:
     assert found.channels.unknown == ()
 
 
-def test_heads_of_attention_are_one_atom_each() -> None:
-    def body(m: Any, x: Tensor) -> Tensor:
-        t = m.embed(x).flatten(2).transpose(1, 2)
-        q, k, v = m.qkv(t).unflatten(2, (3, 4, 4)).permute(2, 0, 3, 1, 4)
-        a = torch.softmax(q @ k.transpose(-2, -1), -1) @ v
-        return m.fc(m.proj(a.transpose(1, 2).flatten(2)) + t)
-
-    found = analysed(
-        body,
-        embed=conv(3, 16),
-        qkv=nn.Linear(16, 48),
-        proj=nn.Linear(16, 16),
-        fc=nn.Linear(16, 5),
-    )
-    rows = np.reshape(found.rows("qkv"), (3, 4, 4))
-    heads = rows[0, :, 0]
-    assert distinct(heads.tolist())
-    assert (rows == heads[None, :, None]).all()
-    assert found.columns("proj") == [h for h in heads for _ in range(4)]
-
-
 # -- prediction layers ---------------------------------------------------------------------
 
 

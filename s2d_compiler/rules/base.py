@@ -66,10 +66,11 @@ def register(rule: OperatorRule, names: Iterable[str]) -> OperatorRule:
     Raises:
         ValueError: A name is taken.
     """
-    for name in names:
+    entries = list(names)
+    for name in entries:
         if name in _TABLE:
             raise ValueError(f"{name} already has the rule {_TABLE[name].family!r}")
-        _TABLE[name] = rule
+    _TABLE.update(dict.fromkeys(entries, rule))
     return rule
 
 

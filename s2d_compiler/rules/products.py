@@ -22,7 +22,7 @@ def product_macs(node: fx.Node) -> int:
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return 0
     shapes = [shape_of(n) for n in node.all_input_nodes if tensor_value(n) is not None]
-    batch = SAMPLE_BATCH if batch_dimensions(node) else 1
+    batch = SAMPLE_BATCH if batch_dimensions(node) else int(node.meta.get("fixed_batch", 1))
     return _run_macs(node, target, shapes) // batch
 
 

@@ -34,6 +34,7 @@ def new_staged_graph(assignment: StageAssignment) -> fx.GraphModule:
             }
     graph.output(((),))
     result = fx.GraphModule(nn.Module(), graph, class_name="Staged")
+    result.meta["form"] = "empty"
     result.meta["slices"] = {}
     result.meta["indices"] = {}
     return result
