@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from passes.base import EXITS, STAGES, Pass, PassResult, require_form
-from s2d_compiler.program import attribute
+from s2d_compiler.attributes import find, graph_module, is_container, is_saved, put, read
 from s2d_compiler.provenance import Slice
 from s2d_compiler.staging import SHARED
 
@@ -203,16 +203,11 @@ class _StageGraph:
         """Take an attribute of the staged graph into this stage; returns its name here."""
         prefix = f"stages.{self.stage - 1}."
         name = target.removeprefix(prefix if target.startswith(prefix) else f"{SHARED}.")
-        value = attribute(self.work.graph_module, target)
-        name = _install(self.root, name, value, self._persistent(target))
+        value = read(self.work.graph_module, target)
+        name = _install(self.root, name, value, is_saved(self.work.graph_module, target))
         for key, where in self.work.slices_of(target):
             self.slices[name + key[len(target) :]] = where
         return name
-
-    def _persistent(self, target: str) -> bool:
-        container, _, last = target.rpartition(".")
-        module = self.work.graph_module.get_submodule(container)
-        return last not in module._non_persistent_buffers_set
 
     def finish(self, prediction: tuple[Any, ...], handed: list[fx.Node]) -> None:
         leaves = tuple(self._copy(n) if isinstance(n, fx.Node) else n for n in prediction)
@@ -220,51 +215,18 @@ class _StageGraph:
 
     def graph_module(self) -> fx.GraphModule:
         self.graph.lint()
-        result = fx.GraphModule(self.root, self.graph, class_name=f"Stage{self.stage}")
-        keep_unsaved(self.root, result)
-        return result
+        return graph_module(self.root, self.graph, f"Stage{self.stage}")
 
 
-def _install(root: nn.Module, name: str, value: Any, persistent: bool) -> str:
+def _install(root: nn.Module, name: str, value: Any, saved: bool) -> str:
     """Put a module or tensor under a dotted name, with a suffix if something else is there."""
     candidate, count = name, 1
-    while (found := _find(root, candidate)) is not None:
+    while (found := find(root, candidate)) is not None:
         if found is value:
             return candidate
-        if (
-            isinstance(found, nn.Module)
-            and type(found) is nn.Module
-            and isinstance(value, nn.Module)
-        ):
+        if is_container(found) and isinstance(value, nn.Module):
             break
         count += 1
         candidate = f"{name}_{count}"
-    *containers, last = candidate.split(".")
-    module = root
-    for part in containers:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
-    if isinstance(value, nn.Module):
-        module.add_module(last, value)
-    elif isinstance(value, nn.Parameter):
-        module.register_parameter(last, value)
-    else:
-        module.register_buffer(last, value, persistent=persistent)
+    put(root, candidate, value, saved=saved)
     return candidate
-
-
-def keep_unsaved(root: nn.Module, result: fx.GraphModule) -> None:
-    """``fx.GraphModule`` copies attributes and forgets which buffers are not saved."""
-    for path, module in root.named_modules():
-        if type(module) is nn.Module:
-            result.get_submodule(
-                path
-            )._non_persistent_buffers_set |= module._non_persistent_buffers_set
-
-
-def _find(root: nn.Module, name: str) -> Any:
-    try:
-        return attribute(root, name)
-    except AttributeError:
-        return None

@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import fx, nn
 
 from passes.base import STAGES, Pass, PassResult, require_form
-from passes.extract import keep_unsaved
-from s2d_compiler.program import Program, attribute
+from s2d_compiler.attributes import empty_like, graph_module, is_taken, put, read
+from s2d_compiler.program import Program
 from s2d_compiler.provenance import Slice
 from s2d_compiler.thin import meta_copy
 
@@ -64,35 +64,20 @@ def whole_stage(program: Program, class_name: str) -> tuple[fx.GraphModule, dict
             _copy_attribute(program, root, str(node.target), slices)
     leaves = tuple(map_[n] if isinstance(n, fx.Node) else n for n in program.output_leaves)
     graph.output((leaves, ()))
-    result = fx.GraphModule(root, graph, class_name=class_name)
-    keep_unsaved(root, result)
-    return result, slices
+    return graph_module(root, graph, class_name), slices
 
 
 def _copy_attribute(
     program: Program, root: nn.Module, target: str, slices: dict[str, Slice]
 ) -> None:
-    value = attribute(program.graph_module, target)
-    *containers, last = target.split(".")
-    module = root
-    for part in containers:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
-    if last in module._modules or last in module._parameters or last in module._buffers:
+    value = read(program.graph_module, target)
+    if is_taken(root, target):
         return
     if isinstance(value, nn.Module):
-        module.add_module(last, meta_copy(value))
+        put(root, target, meta_copy(value))
         for key, tensor in [*value.named_parameters(), *value.named_buffers()]:
             name = f"{target}.{key}"
             slices[name] = Slice(program.sources.get(name, name), (None,) * tensor.dim())
         return
     slices[target] = Slice(program.sources.get(target, target), (None,) * value.dim())
-    if isinstance(value, nn.Parameter):
-        module.register_parameter(
-            last, nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
-        )
-    else:
-        module.register_buffer(
-            last, value.detach().to("meta"), persistent=target in program.sources
-        )
+    put(root, target, empty_like(value, tuple(value.shape)), saved=target in program.sources)

@@ -6,6 +6,7 @@ from s2d_compiler.compiler import transform
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import S2DError
 from s2d_compiler.format import load
+from s2d_compiler.inspecting import inspect_model
 from s2d_compiler.plan import Plan, Setting
 
-__all__ = ["DynamicModel", "Plan", "S2DError", "Setting", "load", "transform"]
+__all__ = ["DynamicModel", "Plan", "S2DError", "Setting", "inspect_model", "load", "transform"]

@@ -310,8 +310,8 @@ def inspect(
         force: Replace the plan's file if there is one.
         layers: List every layer.
     """
+    from s2d_compiler.inspecting import inspect_model
     from s2d_compiler.plan_rules import check_counts
-    from s2d_compiler.search_space import inspect_model
 
     shape = source.shape
     check_counts(stages, groups, "--")

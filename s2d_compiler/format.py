@@ -25,12 +25,12 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from s2d_compiler.analysis.cost import Cost
+from s2d_compiler.attributes import graph_module, is_saved, is_taken, put, read
 from s2d_compiler.dynamic import DynamicModel, DynamicParts, Interface
 from s2d_compiler.errors import FormatError, S2DError
 from s2d_compiler.graph_codec import decode_graph, decode_module, encode_graph, encode_module
 from s2d_compiler.output import atomic_write
 from s2d_compiler.plan import Plan
-from s2d_compiler.program import attribute
 from s2d_compiler.provenance import Slice
 from s2d_compiler.report import Report
 
@@ -100,11 +100,9 @@ class _Tables:
             if node.op == "call_module":
                 modules[target] = self._module(stage.get_submodule(target), f"{place}, {target}")
             elif node.op == "get_attr":
-                container, _, name = target.rpartition(".")
-                unsaved = name in stage.get_submodule(container)._non_persistent_buffers_set
                 attributes[target] = {
-                    "tensor": self._tensor(attribute(stage, target)),
-                    "saved": not unsaved,
+                    "tensor": self._tensor(read(stage, target)),
+                    "saved": is_saved(stage, target),
                 }
         return {
             "graph": encode_graph(stage.graph, place),
@@ -339,32 +337,17 @@ def _stage(
                 f"{place}: node {node.name!r} reads {node.target!r}, which the file does not hold."
             )
     graph.lint()
-    result = fx.GraphModule(root, graph, class_name=f"Stage{number}")
-    for path, module in root.named_modules():
-        if type(module) is nn.Module:
-            result.get_submodule(
-                path
-            )._non_persistent_buffers_set |= module._non_persistent_buffers_set
+    result = graph_module(root, graph, f"Stage{number}")
     result.training = any(m.training for m in result.children())
     return result
 
 
 def _assign(root: nn.Module, target: str, value: Any, saved: bool, place: str) -> None:
-    *containers, last = str(target).split(".")
-    module = root
-    for part in containers:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        child = module._modules[part]
-        if child is None or type(child) is not nn.Module:
-            raise FormatError(f"{place}: {target!r} lies inside another module.")
-        module = child
-    if isinstance(value, nn.Module):
-        module.add_module(last, value)
-    elif isinstance(value, nn.Parameter):
-        module.register_parameter(last, value)
-    else:
-        module.register_buffer(last, value, persistent=saved)
+    parts = str(target).split(".")
+    inside = (".".join(parts[:n]) for n in range(1, len(parts)))
+    if any(is_taken(root, container) for container in inside) or is_taken(root, str(target)):
+        raise FormatError(f"{place}: {target!r} lies inside another module, or is there twice.")
+    put(root, str(target), value, saved=saved)
 
 
 def _decode_provenance(data: Mapping[str, Any]) -> dict[str, Slice]:

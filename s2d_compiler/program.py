@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from s2d_compiler.attributes import read
+
 #: Batch size that stands in for the symbolic one wherever a concrete shape is needed.
 SAMPLE_BATCH = 2
 
@@ -105,7 +107,7 @@ class Program:
     def attribute(self, node: fx.Node) -> torch.Tensor:
         """The tensor that a ``get_attr`` node reads."""
         assert node.op == "get_attr"
-        value = attribute(self.graph_module, str(node.target))
+        value = read(self.graph_module, str(node.target))
         assert isinstance(value, torch.Tensor)
         return value
 
@@ -118,14 +120,6 @@ def safe_name(path: str) -> str:
     """A module path that a graph module can hold: some names are its own."""
     first, dot, rest = path.partition(".")
     return f"{first}_{dot}{rest}" if first in _RESERVED else path
-
-
-def attribute(root: nn.Module, target: str) -> Any:
-    """Read a dotted attribute path."""
-    value: Any = root
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def concrete(size: Any) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from s2d_compiler.attributes import read
 from s2d_compiler.program import safe_name
 
 aten = torch.ops.aten
@@ -238,7 +239,7 @@ class Raiser:
         """Whether the original has a module of its own at ``path`` that holds these tensors,
         some of which another module holds first (tied weights)."""
         modules = dict(self.original.named_modules())
-        tensors = {a: _get(self.graph_module, target) for a, target in owned.items()}
+        tensors = {a: read(self.graph_module, target) for a, target in owned.items()}
         found = modules.get(path)
         return found is not None and all(getattr(found, a, None) is t for a, t in tensors.items())
 
@@ -257,7 +258,7 @@ class Raiser:
             count += 1
             name = f"{path}_{count}"
         for attribute, target in owned.items():
-            tensor = _get(self.graph_module, target)
+            tensor = read(self.graph_module, target)
             if isinstance(tensor, nn.Parameter):
                 setattr(module, attribute, tensor)
             elif attribute in module._buffers:
@@ -292,17 +293,10 @@ class Raiser:
         """Whether something else than the module's own tensors stands there: a plain tensor of
         that path, or a module with children, or with tensors that this one has no place for."""
         try:
-            found = _get(self.graph_module, name)
+            found = read(self.graph_module, name)
         except AttributeError:
             return False
         if not isinstance(found, nn.Module) or type(found) is not nn.Module:
             return True
         content = {*found._modules, *found._parameters, *found._buffers} - set(module._buffers)
         return not {f"{name}.{key}" for key in content} <= set(owned.values())
-
-
-def _get(root: nn.Module, target: str) -> Any:
-    value: Any = root
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value

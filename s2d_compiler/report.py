@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,16 +112,16 @@ class Report:
         if self.stage_one and self.original_macs:
             share = sum(m for _, m in self.stage_one) / self.original_macs
             rows = [f"{m / self.original_macs:.3f} {kind}" for kind, m in self.stage_one]
-            _section(text, f"stage 1 costs {share:.3f} of the original", rows)
-        _section(
+            section(text, f"stage 1 costs {share:.3f} of the original", rows)
+        section(
             text, "left whole", [f"{r.layer}: {r.reason} ({r.macs:,} MACs)" for r in self.whole]
         )
-        _section(
+        section(
             text,
             "coupled, run once per stage",
             [f"{c.operator} in {c.path!r}" for c in self.coupled],
         )
-        _section(
+        section(
             text,
             "without a rule, run once per stage at full size",
             [
@@ -129,16 +129,17 @@ class Report:
                 for u in self.unknown
             ],
         )
-        _section(
+        section(
             text,
             "not in the graph (evaluation mode drops it)",
             [*self.dropped.modules, *self.dropped.unused],
         )
-        _section(text, "notes", list(self.notes))
+        section(text, "notes", list(self.notes))
         return text.getvalue().rstrip()
 
 
-def _section(text: io.StringIO, title: str, rows: list[str], most: int = 12) -> None:
+def section(text: io.StringIO, title: str, rows: Sequence[str], most: int = 12) -> None:
+    """Write a list under a title, nothing for an empty one."""
     if not rows:
         return
     text.write(f"{title}:\n")

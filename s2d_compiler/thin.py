@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import fx, nn
 
-from s2d_compiler.program import Program, attribute
+from s2d_compiler.attributes import empty_like, is_taken, put, read
+from s2d_compiler.program import Program
 from s2d_compiler.provenance import Slice, normalised
 
 Positions = npt.NDArray[np.int64]
@@ -153,7 +154,7 @@ def place_slices(
     table: dict[str, Slice] = graph_module.meta["slices"]
     entries = {f"{name}.{k}" if k else name: s for k, (_, s) in slices.items()}
     candidate, count = name, 1
-    while _occupied(graph_module, candidate):
+    while is_taken(graph_module, candidate):
         if all(table.get(k) == s for k, s in entries.items()) and _same_kind(
             graph_module, candidate, like
         ):
@@ -165,7 +166,8 @@ def place_slices(
         graph_module.add_submodule(candidate, meta_copy(like))
     else:
         tensor, where = slices[""]
-        _assign_tensor(graph_module, candidate, where.shape(tensor), tensor, persistent=persistent)
+        shape = empty_like(tensor, where.shape(tensor))
+        put(graph_module, candidate, shape, saved=persistent)
     table.update(entries)
     return candidate
 
@@ -181,16 +183,8 @@ def remove_module(graph_module: fx.GraphModule, name: str) -> None:
 def _same_kind(root: nn.Module, name: str, like: nn.Module | None) -> bool:
     if like is None:
         return True
-    found = attribute(root, name)
+    found = read(root, name)
     return type(found) is type(like) and found.extra_repr() == like.extra_repr()
-
-
-def _occupied(root: nn.Module, name: str) -> bool:
-    try:
-        found = attribute(root, name)
-    except AttributeError:
-        return False
-    return not (isinstance(found, nn.Module) and type(found) is nn.Module)
 
 
 def meta_copy(module: nn.Module) -> nn.Module:
@@ -206,22 +200,6 @@ def meta_copy(module: nn.Module) -> nn.Module:
     }
     copied._modules = {}
     return copied
-
-
-def _assign_tensor(
-    root: nn.Module, name: str, sizes: tuple[int, ...], tensor: torch.Tensor, *, persistent: bool
-) -> None:
-    *containers, last = name.split(".")
-    module = root
-    for part in containers:
-        if not hasattr(module, part):
-            module.add_module(part, nn.Module())
-        module = getattr(module, part)
-    shape = torch.empty(sizes, dtype=tensor.dtype, device="meta")
-    if isinstance(tensor, nn.Parameter):
-        module.register_parameter(last, nn.Parameter(shape, requires_grad=tensor.requires_grad))
-    else:
-        module.register_buffer(last, shape, persistent=persistent)
 
 
 def fill(root: nn.Module, slices: Mapping[str, Slice], program: Program) -> None:

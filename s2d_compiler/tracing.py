@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
+from s2d_compiler.attributes import find, put
 from s2d_compiler.canonicalize import canonicalize
 from s2d_compiler.errors import CaptureError, InputShapeError
 from s2d_compiler.functionalize import functionalize, pieces_to_slices
@@ -354,7 +355,8 @@ class _Lifted:
                 target = names.get(id(tensor), target)
                 held = safe_name(target)
                 self.attributes[spec.arg.name] = held
-                _assign(self.root, held, tensor, persistent=target in persistent)
+                if find(self.root, held) is None:
+                    put(self.root, held, tensor, saved=target in persistent)
                 if target in persistent:
                     self.sources[held] = target
             elif spec.kind == InputKind.CONSTANT_TENSOR:
@@ -363,7 +365,7 @@ class _Lifted:
     def add_constant(self, value: torch.Tensor, root: nn.Module | None = None) -> str:
         name = f"_constants.c{self.count}"
         self.count += 1
-        _assign(root or self.root, name, value.detach(), persistent=False)
+        put(root or self.root, name, value.detach(), saved=False)
         return name
 
     def unlift(self, graph: fx.Graph) -> None:
@@ -375,21 +377,6 @@ class _Lifted:
             created.meta = dict(node.meta)
             node.replace_all_uses_with(created)
             graph.erase_node(node)
-
-
-def _assign(root: nn.Module, target: str, tensor: torch.Tensor, *, persistent: bool) -> None:
-    *containers, name = target.split(".")
-    module = root
-    for container in containers:
-        if not hasattr(module, container):
-            module.add_module(container, nn.Module())
-        module = getattr(module, container)
-    if hasattr(module, name):
-        return
-    if isinstance(tensor, nn.Parameter):
-        module.register_parameter(name, tensor)
-    else:
-        module.register_buffer(name, tensor, persistent=persistent)
 
 
 def _module_path(node: fx.Node) -> str:

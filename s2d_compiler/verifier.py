@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
+from s2d_compiler.attributes import read
 from s2d_compiler.errors import PassError
-from s2d_compiler.program import attribute
 
 
 def verify_graph(graph_module: fx.GraphModule) -> None:
@@ -82,7 +82,7 @@ def _require_target(graph_module: fx.GraphModule, node: fx.Node) -> None:
     if node.op not in ("call_module", "get_attr"):
         return
     try:
-        attribute(graph_module, str(node.target))
+        read(graph_module, str(node.target))
     except AttributeError as error:
         verb = "calls" if node.op == "call_module" else "reads"
         raise PassError(

@@ -16,9 +16,10 @@ from s2d_compiler.analysis.channels import analyse_channels, cut_resolutions
 from s2d_compiler.analysis.cost import static_macs
 from s2d_compiler.compiler import compile_program
 from s2d_compiler.errors import PlanError
+from s2d_compiler.inspecting import inspect_model
 from s2d_compiler.plan import Plan, Setting
 from s2d_compiler.program import Program
-from s2d_compiler.search_space import SearchSpace, inspect_model, starter_split
+from s2d_compiler.search_space import SearchSpace, starter_split
 from s2d_compiler.tracing import capture
 
 SHAPE = (3, 8, 8)

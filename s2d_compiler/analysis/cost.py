@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from s2d_compiler.analysis.channels import layer_macs, layer_positions
+from s2d_compiler.attributes import read
 from s2d_compiler.program import Program
 from s2d_compiler.rules import UNKNOWN, find_rule
 from s2d_compiler.rules.layers import is_layer
@@ -155,9 +156,7 @@ def _row(stage: fx.GraphModule, node: fx.Node, seen: set[int]) -> LayerCost | No
     if node.op == "call_module":
         held = list(stage.get_submodule(str(node.target)).parameters())
     elif node.op == "get_attr":
-        from s2d_compiler.program import attribute
-
-        value = attribute(stage, str(node.target))
+        value = read(stage, str(node.target))
         held = [value] if isinstance(value, nn.Parameter) else []
     fresh = [p for p in held if id(p) not in seen]
     seen.update(id(p) for p in fresh)

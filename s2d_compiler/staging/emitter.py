@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.analysis.channels import layer_positions
+from s2d_compiler.attributes import find, put
 from s2d_compiler.provenance import Slice
 from s2d_compiler.thin import meta_copy, place_slices
 
@@ -98,7 +99,7 @@ class Emitter:
         """A module without weights (dropout), one per stage that uses it."""
         module = self.program.module(node)
         name = self._module_name(str(node.target), stage)
-        if not _has(self.graph_module, name):
+        if find(self.graph_module, name) is None:
             self.graph_module.add_submodule(name, meta_copy(module))
         return self._finish(self.graph.call_module(name, tuple(args)), node, stage)
 
@@ -173,11 +174,8 @@ class Emitter:
         key = tuple(index)
         if key not in indices:
             indices[key] = f"_indices.i{len(indices)}"
-            _container(self.graph_module, "_indices").register_buffer(
-                indices[key].rpartition(".")[2],
-                torch.tensor(index, dtype=torch.long),
-                persistent=False,
-            )
+            values = torch.tensor(index, dtype=torch.long)
+            put(self.graph_module, indices[key], values, saved=False)
         return self.get_attr(indices[key], like)
 
     def get_attr(self, name: str, like: fx.Node) -> fx.Node:
@@ -226,24 +224,6 @@ class Emitter:
         for source in old.meta.get("sources", ()):
             self.sources[source] = new
             new.meta["sources"] = [*new.meta.get("sources", ()), source]
-
-
-def _container(root: nn.Module, name: str) -> nn.Module:
-    module = root
-    for part in name.split("."):
-        if not hasattr(module, part):
-            module.add_module(part, nn.Module())
-        module = getattr(module, part)
-    return module
-
-
-def _has(root: nn.Module, name: str) -> bool:
-    value: Any = root
-    for part in name.split("."):
-        if not hasattr(value, part):
-            return False
-        value = getattr(value, part)
-    return True
 
 
 def _expression_key(node: fx.Node) -> Any:
