@@ -119,7 +119,12 @@ def _l1(structure: Structure, atom: frozenset[int]) -> float:
 
 
 def empty_stages(structure: Structure, plan: Plan) -> list[int]:
-    """Stages, from 1, that add no channel anywhere: such a plan is an error."""
+    """Stages, from 1, that add no channel anywhere: such a plan is an error.
+
+    One stage is the whole network, whatever there is to cut.
+    """
+    if plan.stages == 1:
+        return []
     owner = expected_owners(structure, plan)
     thin = plan.stages - 1 if plan.final == "original" else plan.stages
     return [stage for stage in range(1, thin + 1) if not bool((owner == stage).any())]
