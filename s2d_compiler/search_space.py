@@ -25,7 +25,7 @@ from s2d_compiler.analysis.channels import (
     UnknownUse,
 )
 from s2d_compiler.plan import Concat, Pair, Plan, Setting, Split
-from s2d_compiler.plan_rules import fail, show
+from s2d_compiler.plan_rules import fail, is_list, show
 from s2d_compiler.program import Dropped
 from s2d_compiler.report import CoupledUse, section
 
