@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,14 +83,9 @@ def check(
         CheckError: Any of this differs.
     """
     tensors = check_weights(dyn, assignment.program)
-    for attempt in range(_ATTEMPTS):
-        proof = replace(_compare(dyn, assignment, seed + attempt, batch, steps), tensors=tensors)
-        if not proof.is_vacuous:
-            break
-    else:
-        log.warning(
-            "the check is inconclusive: with random weights the outputs hardly depend on the input"
-        )
+    with _few_threads(dyn.cost.original_macs * batch):
+        proof = _attempts(dyn, assignment, seed, batch, steps)
+    proof = replace(proof, tensors=tensors)
     for stage, (error, spread) in enumerate(zip(proof.errors, proof.spreads, strict=True), start=1):
         relative = error * spread if spread < VACUOUS else error
         if not relative <= TOLERANCE:
@@ -99,6 +95,36 @@ def check(
                 "says, a defect of the compiler."
             )
     return proof
+
+
+def _attempts(
+    dyn: DynamicModel, assignment: StageAssignment, seed: int, batch: int, steps: Steps | None
+) -> Proof:
+    """Compare with new random weights until the outputs depend on the inputs."""
+    for attempt in range(_ATTEMPTS):
+        proof = _compare(dyn, assignment, seed + attempt, batch, steps)
+        if not proof.is_vacuous:
+            return proof
+    log.warning(
+        "the check is inconclusive: with random weights the outputs hardly depend on the input"
+    )
+    return proof
+
+
+#: MACs up to which one thread is faster than many: small operators wait for each other.
+_SMALL = 2_000_000_000
+
+
+@contextlib.contextmanager
+def _few_threads(macs: int) -> Iterator[None]:
+    """One thread for small networks, whose many small operators would wait for each other."""
+    before = torch.get_num_threads()
+    if macs <= _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_weights(dyn: DynamicModel, program: Program) -> int:

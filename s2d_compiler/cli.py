@@ -91,6 +91,12 @@ class ModelSource:
     trust: bool = False
     input_shape: Annotated[str | None, Parameter(show_default=False)] = None
 
+    def as_options(self) -> str:
+        """How these options stand on a command line, with a space after each."""
+        given = [("--arch", self.arch), ("--arch-kwargs", self.arch_kwargs)]
+        words = [f"{name} {shlex.quote(value)} " for name, value in given if value is not None]
+        return "".join(words) + ("--trust " if self.trust else "")
+
     @property
     def shape(self) -> tuple[int, ...] | None:
         """The input shape as numbers.
@@ -330,8 +336,8 @@ def inspect(
     if write_plan is not None:
         space.starter_plan().save(write_plan)
         text.append(
-            f"\nwritten: {write_plan}\nNext: edit it, then s2d-compile {model} --splits "
-            f"{write_plan} -o dyn.pt"
+            f"\nwritten: {write_plan}\nNext: edit it, then s2d-compile {shlex.quote(str(model))} "
+            f"{source.as_options()}--splits {shlex.quote(str(write_plan))} -o dyn.pt"
         )
     written = None if write_plan is None else str(write_plan)
     return Result({**space.to_dict(), "written": written}, text)

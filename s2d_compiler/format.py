@@ -24,6 +24,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from s2d_compiler._version import FILE_FORMAT
 from s2d_compiler.analysis.cost import Cost
 from s2d_compiler.attributes import graph_module, is_saved, is_taken, put, read
 from s2d_compiler.dynamic import DynamicModel, DynamicParts, Interface
@@ -36,7 +37,6 @@ from s2d_compiler.report import Report
 
 log = logging.getLogger(__name__)
 
-FORMAT = "s2d-compiler dynamic network"
 VERSION = 1
 
 
@@ -60,7 +60,7 @@ def to_data(dyn: DynamicModel) -> dict[str, Any]:
     stages = [tables.stage(stage, number) for number, stage in enumerate(dyn.stages, start=1)]
     parts = dyn.parts
     return {
-        "format": FORMAT,
+        "format": FILE_FORMAT,
         "version": VERSION,
         "made_by": dict(parts.made_by),
         "plan": parts.plan.to_dict(),
@@ -213,7 +213,7 @@ def from_data(data: Any, name: str) -> DynamicModel:
     Raises:
         FormatError: The data is none.
     """
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    if not isinstance(data, dict) or data.get("format") != FILE_FORMAT:
         raise FormatError(
             f"{name} is not a dyn.pt; it may be a model, which s2d-compile turns into one."
         )

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from s2d_compiler import allowance, architecture
+from s2d_compiler._version import FILE_FORMAT
 from s2d_compiler.errors import ModelFileError
 
 if TYPE_CHECKING:
@@ -81,13 +82,15 @@ def read_model(
             logger.warning("%s holds a whole model; --arch %s is not needed", name, arch)
         _check_whole(name, found)
         return found
+    if isinstance(content, Mapping) and content.get("format") == FILE_FORMAT:
+        _fail(path, f"this is a compiled network already; look at it with s2d show {path}")
     if found is None:
         _fail(path, f"it holds {_describe(content)}, neither a network nor a state dict")
     if arch is None:
         tensors = sum(isinstance(value, torch.Tensor) for value in found.values())
         _fail(
             name,
-            f"this is a state dict ({tensors} tensors), which has no architecture; name the "
+            f"this is a state dict ({tensors} tensor{'' if tensors == 1 else 's'}), which has no architecture; name the "
             f"function that builds it: {_EXAMPLE}",
         )
     model = architecture.build(arch, arch_kwargs or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -119,23 +120,35 @@ class Report:
         section(
             text,
             "coupled, run once per stage",
-            [f"{c.operator} in {c.path!r}" for c in self.coupled],
+            [f"{c.operator} {_inside(c.path)}" for c in self.coupled],
         )
         section(
             text,
             "without a rule, run once per stage at full size",
             [
-                f"{u.operator} in {u.path!r}: {u.reason} ({u.macs:,} MACs a run)"
+                f"{u.operator} {_inside(u.path)}: {u.reason} ({u.macs:,} MACs a run)"
                 for u in self.unknown
             ],
         )
         section(
             text,
             "not in the graph (evaluation mode drops it)",
-            [*self.dropped.modules, *self.dropped.unused],
+            _folded([*self.dropped.modules, *self.dropped.unused]),
         )
         section(text, "notes", list(self.notes))
         return text.getvalue().rstrip()
+
+
+def _inside(path: str) -> str:
+    return f"in {path}" if path else "at the top level"
+
+
+def _folded(paths: list[str]) -> list[str]:
+    """Paths that differ in numbers only, as one line with their count."""
+    patterns: dict[str, list[str]] = {}
+    for path in paths:
+        patterns.setdefault(re.sub(r"\d+", "*", path), []).append(path)
+    return [same[0] if len(same) == 1 else f"{p} ({len(same)})" for p, same in patterns.items()]
 
 
 def section(text: io.StringIO, title: str, rows: Sequence[str], most: int = 12) -> None:

@@ -418,6 +418,27 @@ class DepthwiseOnImage(Odd):
         return self.head(self.b(torch.cat([self.a(x), self.stem(x)], 1)))
 
 
+class PooledByMaximum(Odd):
+    """Adaptive maximum pooling, which returns indices beside the values."""
+
+    def build(self) -> None:
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.fc(F.adaptive_max_pool2d(self.conv(x), 1).flatten(1))
+
+
+class Einsum(Odd):
+    """A channel mix written as an einsum: no rule yet, but a price."""
+
+    def build(self) -> None:
+        self.mix = nn.Parameter(torch.randn(12, 16))
+        self.conv = nn.Conv2d(12, 16, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.conv(torch.einsum("oc,nchw->nohw", self.mix, x))
+
+
 class Maxout(Odd):
     """The larger of two halves."""
 

@@ -31,6 +31,7 @@ UNKNOWN = {
     "LocalResponse": {"aten.avg_pool3d"},
     "RunningSum": {"aten.cumsum"},
     "ChannelAttention1d": {"Conv1d"},
+    "Einsum": {"aten.einsum"},
     "StandardizedConvolution": {"aten.conv2d"},
     "Attention": {"aten.view", "aten.scaled_dot_product_attention"},
 }

@@ -65,6 +65,12 @@ class Window(OperatorRule):
         return builder.emit(node, (source, *rest), dict(node.kwargs), stage)
 
 
+class WindowPair(Window):
+    """Pooling that returns values and where they were found; both follow their channel."""
+
+    family: ClassVar[str] = "pooling with indices"
+
+
 def marked(labels: Labels) -> Labels:
     """Labels after an operator that need not keep zeros zero."""
     return np.where(labels == ZERO, NOBODY, labels)
@@ -296,6 +302,16 @@ register(
         upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_linear1d
         upsample_trilinear3d _upsample_nearest_exact2d _upsample_bilinear2d_aa
         _upsample_bicubic2d_aa
+        """.split()
+    ],
+)
+register(
+    WindowPair(),
+    [
+        f"aten.{name}"
+        for name in """
+        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices
+        max_pool2d_with_indices max_pool3d_with_indices
         """.split()
     ],
 )

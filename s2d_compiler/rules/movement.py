@@ -238,10 +238,15 @@ class GetItem(OperatorRule):
 
     def labels(self, context: ChannelContext, node: fx.Node) -> Labels:
         labels = context.labels_of(operand_of(node))
+        if labels.ndim and labels.ndim == len(shape_of(node)):
+            return labels
         return uniform(len(shape_of(node)), int(labels.reshape(-1)[0]))
 
     def lower(self, builder: StageBuilder, node: fx.Node, where: Layout, stage: int) -> fx.Node:
-        source = builder.full(operand_of(node), stage)
+        if builder.labels(operand_of(node)).ndim:
+            source = builder.read(operand_of(node), where, stage)
+        else:
+            source = builder.full(operand_of(node), stage)
         return builder.call(operator.getitem, (source, node.args[1]), node, stage)
 
 

@@ -39,6 +39,8 @@ def _run_macs(node: fx.Node, target: torch._ops.OpOverload, shapes: list[tuple[i
     if name == "scaled_dot_product_attention":
         (*outer, length, width), (*_, keys, _), (*_, value_width) = shapes[:3]
         return _size((*outer, length, keys)) * (width + value_width)
+    if name == "einsum":
+        return _einsum_macs(str(node.args[0]), shapes)
     if target.overloadpacket not in flop_registry or not all(
         isinstance(a, fx.Node) for a in node.args
     ):
@@ -48,6 +50,31 @@ def _run_macs(node: fx.Node, target: torch._ops.OpOverload, shapes: list[tuple[i
         int(flop_registry[target.overloadpacket](*meta, out_val=torch.empty(out, device="meta")))
         // 2
     )
+
+
+def _einsum_macs(equation: str, shapes: list[tuple[int, ...]]) -> int:
+    """Size of the index space of a product of two operands; more are multiplied one by one."""
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    if len(terms) < 2 or len(terms) != len(shapes):
+        return 0
+    total = 0
+    held = _named_sizes(terms[0], shapes[0])
+    later = equation.replace(" ", "").partition("->")[2]
+    for position, (term, shape) in enumerate(zip(terms[1:], shapes[1:], strict=True), start=2):
+        both = held | _named_sizes(term, shape)
+        total += _size(tuple(both.values()))
+        needed = set("".join(terms[position:])) | set(later)
+        held = {k: n for k, n in both.items() if k in needed or k.startswith(".")}
+    return total
+
+
+def _named_sizes(term: str, shape: tuple[int, ...]) -> dict[str, int]:
+    """Size of every index of one operand; those under an ellipsis count from the right."""
+    before, dots, after = term.partition("...")
+    hidden = shape[len(before) : len(shape) - len(after)] if dots else ()
+    sizes = dict(zip(before, shape, strict=False))
+    sizes |= {f".{len(hidden) - i}": n for i, n in enumerate(hidden)}
+    return sizes | (dict(zip(after, shape[-len(after) :], strict=True)) if after else {})
 
 
 def _size(shape: tuple[int, ...]) -> int:
