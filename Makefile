@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 # One test process per core, and one thread in each: the tests mostly trace graphs in Python.
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
-.PHONY: help venv lint test demo clean
+.PHONY: help venv lint test zoo demo clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -36,6 +36,9 @@ lint: $(STAMP) ## Style, formatting and types
 
 test: lint ## Everything that a change must pass
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+zoo: $(STAMP) ## Every convolutional model of torchvision (make test tries a quarter, by the day)
+	S2D_ZOO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_zoo.py
 
 demo: $(STAMP) ## Train, compile, fine-tune and measure a small network, in about two minutes
 	@mkdir -p $(DEMO)

@@ -1,4 +1,4 @@
-"""The consequences of DESIGN 2, checked on one network and one plan.
+"""The consequences of docs/semantics.md, checked on one network and one plan.
 
 ``check_all`` raises ``Broken`` with every consequence that does not hold, and otherwise
 says what was measured, vacuous stages included: a stage whose output hardly depends on the

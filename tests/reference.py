@@ -41,7 +41,7 @@ VERSION_OWNER = -1
 
 
 class NoRuleError(NotImplementedError):
-    """The reference does not know the operator, or DESIGN does not say what it means."""
+    """The reference does not know the operator, or docs/semantics.md does not say what it means."""
 
 
 class MaskedFormError(AssertionError):
@@ -437,7 +437,7 @@ class Structure:
 
     def prediction_layers(self) -> list[str]:
         """Layers whose paths all end at the output without meeting another layer, and
-        which share no atom with another one (DESIGN 2)."""
+        which share no atom with another one (docs/semantics.md)."""
         if self._predictions is None:
             last = [layer for layer in self.layers.values() if self._ends(layer)]
             self._predictions = [layer.path for layer in last if not self._shares(layer)]

@@ -1,4 +1,4 @@
-"""The four consequences of DESIGN 2 over random networks and random plans.
+"""The four consequences of docs/semantics.md over random networks and random plans.
 
 ``HYPOTHESIS_PROFILE=fuzz pytest tests/test_properties.py`` searches further, with a new seed
 each time; ``--hypothesis-seed=N`` repeats one.
