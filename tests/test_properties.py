@@ -6,7 +6,6 @@ each time; ``--hypothesis-seed=N`` repeats one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from tests.networks import BLOCKS, Drawn, networks, seeded, settle
 from tests.plans import plans, resolutions_of, seeded_plan
 from tests.reference import NoRuleError, Structure
 
-RARELY_VACUOUS = 0.1
-"""At most this share of the stages that the seeded tests look at may show nothing."""
+TELLING, TRIES = 4, 10
+"""Of so many seeds, so many networks must show something in every stage."""
 
 
 def check(
@@ -65,26 +64,20 @@ def test_consequences(
     assume(not measured.vacuous)
 
 
-def run_seeds(kinds: Sequence[str], seeds: Sequence[int], path: Path) -> None:
-    """Networks made of ``kinds``; among the seeds few may be refused or vacuous."""
-    stages, vacuous = 0, 0
-    for seed in seeds:
+@pytest.mark.parametrize("kind", list(BLOCKS))
+def test_consequences_of_every_kind_of_block(kind: str, tmp_path: Path) -> None:
+    telling = 0
+    for seed in range(TRIES):
+        kinds = ["plain", kind] if seed % 2 else [kind, "plain", kind]
         drawn = seeded(seed, kinds)
         x = drawn.batch(8, seed)
         structure = Structure(settle(drawn.model, x, seed), x)
         spec = seeded_plan(seed, resolutions_of(structure))
-        measured = check(structure, spec, x, path)
-        if measured is not None:
-            stages += spec["stages"]
-            vacuous += len(measured.vacuous)
-    assert stages > 0
-    assert vacuous <= RARELY_VACUOUS * stages
-
-
-@pytest.mark.parametrize("kind", list(BLOCKS))
-def test_consequences_of_every_kind_of_block(kind: str, tmp_path: Path) -> None:
-    run_seeds(["plain", kind], range(3), tmp_path / "dyn.pt")
-    run_seeds([kind, "plain", kind], range(3, 5), tmp_path / "dyn.pt")
+        measured = check(structure, spec, x, tmp_path / "dyn.pt")
+        telling += measured is not None and not measured.vacuous
+        if telling == TELLING:
+            return
+    pytest.fail(f"only {telling} of {TRIES} networks show something in every stage")
 
 
 @settings(max_examples=200)

@@ -16,14 +16,17 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.init
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import s2d_compiler  # makes torchvision importable  # noqa: F401
 
 import torchvision  # isort: skip
 from s2d_compiler import Plan
-from tests import consequences
+from tests import assignment, consequences
 from tests.networks import settle
+from tests.plans import plans, resolutions_of
 from tests.reference import Structure
 
 ATTENTION_OR_LAYER_NORM = ("vit", "swin", "maxvit", "convnext")
@@ -51,6 +54,18 @@ CHEAP_FIRST_STAGE = 0.35
 """Largest share of the original's MACs that stage 1 may take in the plan without reuse."""
 SAVED_UP_TO = 30_000_000
 """Networks of more parameters are not written to disk here."""
+
+
+DRAWN_FROM = (
+    "squeezenet1_1",
+    "shufflenet_v2_x0_5",
+    "mobilenet_v3_small",
+    "mnasnet0_5",
+    "resnet18",
+    "regnet_y_400mf",
+    "googlenet",
+)
+"""Small ones, one of each design, for random plans."""
 
 
 def build(name: str) -> nn.Module:
@@ -95,3 +110,18 @@ def test_consequences(name: str, tmp_path: Path) -> None:
         if concat == "none" and share > CHEAP_FIRST_STAGE:
             assert dyn.report.stage_one, f"stage 1 costs {share:.3f}, unexplained"
         del measured, dyn
+
+
+@pytest.mark.parametrize("name", DRAWN_FROM)
+@settings(max_examples=2)
+@given(data=st.data())
+def test_random_plans(name: str, data: st.DataObject) -> None:
+    x = images(name)
+    model = settle(build(name), x)
+    x = x[:2]
+    structure = Structure(model, x)
+    spec = data.draw(plans(resolutions_of(structure)), label="plan")
+    plan = Plan.from_dict(spec)
+    assume(not assignment.empty_stages(structure, plan))
+    measured = consequences.check_all(model, plan, x, structure=structure, thorough=False)
+    assume(not measured.vacuous)
