@@ -236,5 +236,6 @@ _REWRITES: dict[Any, Callable[[fx.Graph, fx.Node, AddConstant], fx.Node | None]]
     aten.ones.default: _created_like(aten.new_ones.default),
     aten.full.default: _created_like(aten.new_full.default),
     aten.to.device: _cast,
+    aten.to.dtype: _cast,
     aten.to.dtype_layout: _cast,
 }

@@ -86,9 +86,8 @@ def check(
     with _few_threads(dyn.cost.original_macs * batch):
         proof = _attempts(dyn, assignment, seed, batch, steps)
     proof = replace(proof, tensors=tensors)
-    for stage, (error, spread) in enumerate(zip(proof.errors, proof.spreads, strict=True), start=1):
-        relative = error * spread if spread < VACUOUS else error
-        if not relative <= TOLERANCE:
+    for stage, error in enumerate(proof.errors, start=1):
+        if not error <= TOLERANCE:
             raise CheckError(
                 f"stage {stage} differs from the masked form by {error:.2e} of the output's spread "
                 f"(limit {TOLERANCE:.0e}): the result is not what the plan "
@@ -171,26 +170,38 @@ def _flat(value: Any) -> list[Any]:
 
 
 def compare(found: Iterable[Any], expected: Iterable[Any]) -> tuple[float, float]:
-    """Largest error relative to the spread over inputs, and smallest spread relative to size."""
-    worst, narrowest = 0.0, float("inf")
+    """Compare flat outputs leaf by leaf.
+
+    Returns:
+        The largest error of a leaf, relative to its spread over inputs, or to its size where
+        that spread is too narrow to prove anything; and the widest spread relative to size.
+    """
+    worst, widest = 0.0, 0.0
     for got, want in zip(found, expected, strict=True):
-        if not isinstance(want, torch.Tensor):
-            worst = worst if got == want else float("inf")
-            continue
-        if not want.is_floating_point():
-            worst = worst if torch.equal(got, want) else float("inf")
-            continue
-        if got.shape != want.shape:
-            return float("inf"), 1.0
-        spread = float((want - want.mean(dim=0, keepdim=True)).abs().max()) if want.numel() else 0.0
-        size = float(want.abs().max()) if want.numel() else 0.0
-        error = float((got - want).abs().max()) if want.numel() else 0.0
-        if error != error or not torch.isfinite(want).all():
-            return float("inf"), 1.0
-        spread = max(spread, 1e-15 * size)
-        worst = max(worst, error / spread if spread else (0.0 if error == 0 else float("inf")))
-        narrowest = min(narrowest, spread / size if size else 0.0)
-    return worst, narrowest if narrowest != float("inf") else 1.0
+        error, spread = _compare_leaf(got, want)
+        worst, widest = max(worst, error), max(widest, spread)
+    return worst, widest
+
+
+def _compare_leaf(got: Any, want: Any) -> tuple[float, float]:
+    if not isinstance(want, torch.Tensor) or not isinstance(got, torch.Tensor):
+        return (0.0 if type(got) is type(want) and got == want else float("inf")), 0.0
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return float("inf"), 0.0
+    if not want.numel():
+        return 0.0, 0.0
+    finite = torch.isfinite(want) if want.is_floating_point() else torch.ones_like(want).bool()
+    if not torch.equal(got[~finite].nan_to_num(), want[~finite].nan_to_num()):
+        return float("inf"), 0.0
+    got, want = (torch.where(finite, v, torch.zeros_like(v)).double() for v in (got, want))
+    size = float(want.abs().max())
+    centre = want.mean(dim=0, keepdim=True) if want.dim() else want
+    spread = float((want - centre).abs().max()) / size if size else 0.0
+    error = float((got - want).abs().max())
+    if error != error:
+        return float("inf"), spread
+    scale = size * spread if spread >= VACUOUS else size
+    return (error / scale if scale else (0.0 if error == 0 else float("inf"))), spread
 
 
 def _require_same_graphs(dyn: DynamicModel, staged: DynamicModel) -> None:
@@ -234,12 +245,18 @@ def _random(parameter: torch.Tensor, name: str, generator: torch.Generator) -> t
 def random_inputs(
     program: Program, generator: torch.Generator, batch: int
 ) -> tuple[torch.Tensor, ...]:
-    """Random float64 inputs."""
-    count = program.batch or batch
-    return tuple(
-        torch.randn(count, *shape, generator=generator, dtype=torch.float64)
-        for shape in program.input_shapes
-    )
+    """Random float64 inputs; those that are no floating-point numbers are as in the example."""
+    return tuple(_random_input(example, program, generator, batch) for example in program.examples)
+
+
+def _random_input(
+    example: torch.Tensor, program: Program, generator: torch.Generator, batch: int
+) -> torch.Tensor:
+    if not example.is_floating_point():
+        kept = example.detach().cpu()
+        return kept if not kept.dim() or program.batch else kept[:1].expand(batch, *kept.shape[1:])
+    shape = (program.batch or batch, *example.shape[1:]) if example.dim() else ()
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def settle(model: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -26,7 +26,7 @@ from torch import fx, nn
 
 from s2d_compiler._version import FILE_FORMAT
 from s2d_compiler.analysis.cost import Cost
-from s2d_compiler.attributes import graph_module, is_saved, is_taken, put, read
+from s2d_compiler.attributes import find, graph_module, is_container, is_saved, is_taken, put, read
 from s2d_compiler.dynamic import DynamicModel, DynamicParts, Interface
 from s2d_compiler.errors import FormatError, S2DError
 from s2d_compiler.graph_codec import decode_graph, decode_module, encode_graph, encode_module
@@ -99,7 +99,7 @@ class _Tables:
             target = str(node.target)
             if node.op == "call_module":
                 modules[target] = self._module(stage.get_submodule(target), f"{place}, {target}")
-            elif node.op == "get_attr":
+            elif node.op == "get_attr" and not _lies_in_module(stage, target):
                 attributes[target] = {
                     "tensor": self._tensor(read(stage, target)),
                     "saved": is_saved(stage, target),
@@ -142,6 +142,12 @@ class _Tables:
         return self.tensor_ids[id(tensor)]
 
 
+def _lies_in_module(stage: nn.Module, target: str) -> bool:
+    """Whether a tensor belongs to a module that is stored as a module."""
+    container = stage.get_submodule(target.rpartition(".")[0])
+    return not is_container(container) and container is not stage
+
+
 def _dump_spec(spec: Any) -> str:
     try:
         return pytree.treespec_dumps(spec)
@@ -179,6 +185,7 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
     """
     name = os.fspath(path)
     try:
+        _check_whole(name)
         data = torch.load(name, map_location=map_location, weights_only=True)
     except IsADirectoryError as error:
         raise FormatError(f"{name} is a directory; name the dyn.pt file inside it.") from error
@@ -205,6 +212,17 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
             f"If it is a model, compile it with s2d-compile {name} --splits PLAN -o OUTPUT."
         ) from error
     return from_data(data, name)
+
+
+def _check_whole(name: str) -> None:
+    """Compare the checksums in the archive, which torch does not.
+
+    Raises:
+        zipfile.BadZipFile: One differs.
+    """
+    with zipfile.ZipFile(name) as archive:
+        if (member := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{member} is damaged")
 
 
 def from_data(data: Any, name: str) -> DynamicModel:
@@ -235,6 +253,8 @@ def from_data(data: Any, name: str) -> DynamicModel:
         IndexError,
         AssertionError,
         RuntimeError,
+        OverflowError,
+        SyntaxError,
     ) as error:
         raise FormatError(
             f"{name} is damaged ({type(error).__name__}: {_sentence(error)})."
@@ -272,9 +292,33 @@ def _network(data: Mapping[str, Any]) -> DynamicModel:
         raise FormatError(
             f"{len(stages)} stages, but the plan has {parts.plan.stages}; the file is damaged."
         )
+    for number, stage in enumerate(stages):
+        _check_interface(stage, parts, number)
     dyn = DynamicModel(stages, parts)
     dyn.training = any(m.training for m in modules)
     return dyn
+
+
+def _check_interface(stage: fx.GraphModule, parts: DynamicParts, number: int) -> None:
+    """Require that a stage's inputs exist and its outputs have the network's structure.
+
+    Raises:
+        FormatError: Something does not fit.
+    """
+    place, interface = f"stage {number + 1}", parts.interfaces[number]
+    nodes = list(stage.graph.nodes)
+    if sum(n.op == "placeholder" for n in nodes) != len(interface.inputs):
+        raise FormatError(f"{place}: its graph takes another number of inputs; damaged.")
+    for where in interface.inputs:
+        known = where[0] == "input" and len(where) == 2 and 0 <= where[1] < len(parts.input_shapes)
+        if where[0] == "feature" and len(where) == 3 and 0 <= where[1] < number:
+            known = 0 <= where[2] < parts.interfaces[where[1]].features
+        if not known:
+            raise FormatError(f"{place}: it takes {where!r}, which no earlier stage hands on.")
+    output = nodes[-1].args[0] if nodes and nodes[-1].op == "output" else None
+    leaves = 1 if parts.output_spec is None else parts.output_spec.num_leaves
+    if not isinstance(output, tuple) or [len(o) for o in output] != [leaves, interface.features]:
+        raise FormatError(f"{place}: its outputs are not those of the network; damaged.")
 
 
 def _tensor(row: Mapping[str, Any]) -> torch.Tensor:
@@ -332,7 +376,7 @@ def _stage(
             raise FormatError(
                 f"{place}: node {node.name!r} calls {node.target!r}, which the file does not hold."
             )
-        if node.op == "get_attr" and node.target not in row["attributes"]:
+        if node.op == "get_attr" and not isinstance(find(root, str(node.target)), torch.Tensor):
             raise FormatError(
                 f"{place}: node {node.name!r} reads {node.target!r}, which the file does not hold."
             )

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from s2d_compiler.errors import FormatError
+from s2d_compiler.program import is_plain_name
 
 _MODULES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {}
 _CONVOLUTION = (
@@ -61,7 +62,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 _FUNCTION_NAMES = {v: k for k, v in _FUNCTIONS.items()}
 #: Operators that read files or memory of their own choosing.
-_FORBIDDEN = ("from_file", "set_", "_cuda", "record_stream", "resize", "data_ptr", "as_strided")
+_FORBIDDEN = (
+    *("from_file", "save", "set_", "record_stream", "resize", "data_ptr", "as_strided"),
+    *("_cuda", "_pin_memory", "_resize", "_copy_from"),
+)
 _DTYPES = {
     str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)
 }
@@ -229,12 +233,17 @@ def decode_graph(rows: Any, place: str) -> fx.Graph:
         if kind not in _OPERATIONS:
             raise FormatError(f"{at}: {kind!r} is no kind of node.")
         target: Any = _string(row, "target", at)
-        if not name.isidentifier() or (kind == "placeholder" and not target.isidentifier()):
+        if not is_plain_name(name) or (kind == "placeholder" and "." in target):
             raise FormatError(f"{at}: the name is not an identifier.")
+        if kind == "placeholder" and target in (n.target for n in nodes.values()):
+            raise FormatError(f"{at}: two inputs have the name {target!r}.")
         if kind == "call_function":
             target = operator_from_name(target, at)
+        elif not is_plain_name(target):
+            raise FormatError(f"{at}: {target[:60]!r} is not a name of letters, digits and dots.")
         args = decode(row.get("args"), nodes, at)
-        kwargs = {str(k): decode(v, nodes, at) for k, v in dict(row.get("kwargs", {})).items()}
+        kwargs = {k: decode(v, nodes, at) for k, v in dict(row.get("kwargs", {})).items()}
+        _check_keywords(target, kwargs, at)
         if not isinstance(args, tuple) or name in nodes:
             raise FormatError(f"{at}: its arguments are no tuple, or its name is taken.")
         created = graph.create_node(kind, target, args, kwargs, name=name)
@@ -243,6 +252,15 @@ def decode_graph(rows: Any, place: str) -> fx.Graph:
         }
         nodes[name] = created
     return graph
+
+
+def _check_keywords(target: Any, kwargs: Mapping[Any, Any], place: str) -> None:
+    """Keywords end up in generated source: only an operator's own argument names may."""
+    known: set[str] = set()
+    if isinstance(target, torch._ops.OpOverload):
+        known = {argument.name for argument in target._schema.arguments}
+    if not set(kwargs) <= known:
+        raise FormatError(f"{place}: {str(sorted(map(str, kwargs)))[:60]} are not its arguments.")
 
 
 def _list(value: Any, place: str) -> list[Any]:

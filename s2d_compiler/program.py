@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import keyword
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -67,6 +69,7 @@ class Program:
             every parameter and buffer of the original.
         batch: None when the batch size is free, else the only one the model accepts.
         input_shapes: Shape of each input without the batch dimension.
+        examples: The inputs that it was captured with.
         dropped: What capture left out.
         output_spec: pytree of the original's output; None for a single tensor.
         notes: Sentences about capture that the user should read.
@@ -76,6 +79,7 @@ class Program:
     sources: Mapping[str, str]
     batch: int | None
     input_shapes: tuple[tuple[int, ...], ...]
+    examples: tuple[torch.Tensor, ...] = ()
     dropped: Dropped = field(default_factory=Dropped)
     output_spec: Any = None
     notes: tuple[str, ...] = ()
@@ -116,10 +120,25 @@ class Program:
 _RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), _one_node()))) - {"0"}
 
 
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+_SIZE = torch.ops.aten.sym_size.int
+
+
+def is_plain_name(path: str) -> bool:
+    """Whether every part of a dotted name can stand in generated source as it is."""
+    return bool(re.fullmatch(r"\w+(\.\w+)*", path, re.ASCII)) and not any(
+        keyword.iskeyword(part) for part in path.split(".")
+    )
+
+
 def safe_name(path: str) -> str:
-    """A module path that a graph module can hold: some names are its own."""
-    first, dot, rest = path.partition(".")
-    return f"{first}_{dot}{rest}" if first in _RESERVED else path
+    """A module path that a graph module can hold: some names are its own, and generated source
+    takes letters, digits and underscores alone."""
+    parts = [re.sub(r"\W", "_", part, flags=re.ASCII) or "_" for part in path.split(".")]
+    parts = [f"{part}_" if keyword.iskeyword(part) else part for part in parts]
+    if parts[0] in _RESERVED:
+        parts[0] += "_"
+    return ".".join(parts)
 
 
 def concrete(size: Any) -> int:
@@ -162,10 +181,18 @@ def batch_dimensions(node: fx.Node) -> tuple[int, ...]:
 
 
 def is_scalar(node: fx.Node) -> bool:
-    """Whether a node computes a number (a size), not a tensor."""
-    return isinstance(
-        node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool
-    )
+    """Whether a node computes a number from sizes alone, not a tensor."""
+    return isinstance(node.meta.get("val"), _NUMBERS) and not is_read_number(node)
+
+
+def is_read_number(node: fx.Node) -> bool:
+    """Whether a node computes a number from what a tensor holds."""
+    if "read_number" not in node.meta:
+        node.meta["read_number"] = isinstance(node.meta.get("val"), _NUMBERS) and any(
+            is_read_number(n) or (tensor_value(n) is not None and node.target is not _SIZE)
+            for n in node.all_input_nodes
+        )
+    return bool(node.meta["read_number"])
 
 
 def path_of(node: fx.Node) -> str:

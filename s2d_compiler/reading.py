@@ -88,9 +88,10 @@ def read_model(
         _fail(path, f"it holds {_describe(content)}, neither a network nor a state dict")
     if arch is None:
         tensors = sum(isinstance(value, torch.Tensor) for value in found.values())
+        count = f"{tensors} tensor" if tensors == 1 else f"{tensors} tensors"
         _fail(
             name,
-            f"this is a state dict ({tensors} tensor{'' if tensors == 1 else 's'}), which has no architecture; name the "
+            f"this is a state dict ({count}), which has no architecture; name the "
             f"function that builds it: {_EXAMPLE}",
         )
     model = architecture.build(arch, arch_kwargs or {})

@@ -130,12 +130,13 @@ def _own_batches(
 
 def _rebatched(value: Any) -> Any:
     """An example with the batch size of the capture."""
-    if isinstance(value, dict | list | tuple):
+    if not isinstance(value, torch.Tensor):
         raise InputShapeError(
-            f"an example input is a {type(value).__name__}; inputs must be tensors or plain "
-            "numbers. Wrap the model in one whose forward takes the tensors one by one."
+            f"an example input is a {type(value).__name__}; inputs must be tensors, since anything "
+            "else would be fixed at the example's value. Wrap the model in one whose forward takes "
+            "the tensors one by one and sets the rest."
         )
-    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+    if value.dim() == 0:
         return value
     if value.shape[0] == 0:
         return value.new_zeros((EXAMPLE_BATCH, *value.shape[1:]))
@@ -328,6 +329,7 @@ def _program(
         sources=lifted.sources,
         batch=batch,
         input_shapes=tuple(tuple(v.shape[1:]) for v in inputs if isinstance(v, torch.Tensor)),
+        examples=tuple(v for v in inputs if isinstance(v, torch.Tensor)),
         dropped=_dropped(model, graph_module, lifted.sources),
         output_spec=output_spec,
         notes=tuple(notes),

@@ -439,6 +439,118 @@ class Einsum(Odd):
         return self.conv(torch.einsum("oc,nchw->nohw", self.mix, x))
 
 
+class ReusedTensors(Odd):
+    """Weights of layers used a second time, by themselves."""
+
+    def build(self) -> None:
+        self.conv, self.norm = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+
+    def head(self, x: Tensor) -> Tensor:
+        y = self.fc(self.norm(self.conv(x)).mean((2, 3)))
+        return y + self.fc.weight.sum() + self.norm.weight.sum() + self.conv.bias.sum()
+
+
+class MixedParameters(Odd):
+    """Parameters that are normalised, sorted, repeated and summed before they scale channels."""
+
+    def build(self) -> None:
+        self.scale = nn.Parameter(torch.randn(16))
+
+    def body(self, x: Tensor) -> Tensor:
+        w = self.scale
+        table = w.softmax(0) * w.sort()[0] + w.repeat(2)[8:24] + torch.outer(w, w).sum(1)
+        return x * table.view(-1, 1, 1)
+
+
+class ReadNumbers(Odd):
+    """Numbers read from activations: an index, and a factor."""
+
+    def build(self) -> None:
+        self.conv = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(self.stem(x))
+        return self.head(y * y.mean().item()), x[y.sum((1, 2, 3)).argmax(0)]
+
+
+class VectorQuantised(Odd):
+    """Rows of a table looked up by what the features are closest to."""
+
+    def build(self) -> None:
+        self.conv = nn.Conv2d(16, 16, 1)
+        self.table = nn.Parameter(torch.randn(20, 16))
+
+    def head(self, x: Tensor) -> Tensor:
+        y = self.conv(x).mean((2, 3))
+        return self.fc(y + self.table[(y[:, None] - self.table).pow(2).sum(-1).argmin(-1)])
+
+
+class TiedDecoder(Odd):
+    """A convolution's weight used the other way round."""
+
+    def build(self) -> None:
+        self.conv = nn.Conv2d(16, 12, 3, padding=1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(self.conv(x).relu(), self.conv.weight, padding=1)
+
+
+class MixedAxes(Odd):
+    """Channels added to pixels."""
+
+    def build(self) -> None:
+        self.a, self.b = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y + y.transpose(1, 2))
+
+
+class WrittenByIndex(Odd):
+    """A write into a list of channels."""
+
+    def build(self) -> None:
+        self.conv = nn.Conv2d(16, 16, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, [1, 3]] = x[:, [2, 4]] * 2
+        return self.conv(x)
+
+
+class OddNames(nn.Module):
+    """Names of submodules that no identifier could be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module('q"x', nn.Conv2d(3, 16, 1))
+        self.add_module("class", nn.Conv2d(16, 16, 1))
+        self.add_module("fc", nn.Linear(16, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, last = self.children()
+        return last(second(first(x)).mean((2, 3)))
+
+
+class Recurrent(Odd):
+    """An LSTM over the pixels: no rule, but a price."""
+
+    features = 8
+
+    def build(self) -> None:
+        self.lstm = nn.LSTM(16, 8, batch_first=True)
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.fc(self.lstm(x.flatten(2).transpose(1, 2))[0][:, -1])
+
+
+class ConstantOutput(Odd):
+    """A constant and a sum over everything beside the prediction."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), torch.ones(1, 3, dtype=x.dtype), x.sum()
+
+
 class Maxout(Odd):
     """The larger of two halves."""
 

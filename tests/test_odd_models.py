@@ -32,9 +32,19 @@ UNKNOWN = {
     "RunningSum": {"aten.cumsum"},
     "ChannelAttention1d": {"Conv1d"},
     "Einsum": {"aten.einsum"},
+    "ReadNumbers": {"aten.argmax", "aten.item", "aten.select"},
+    "VectorQuantised": {"aten.argmin", "aten.index"},
+    "TiedDecoder": {"ConvTranspose2d"},
+    "MixedAxes": {"Conv2d"},
+    "WrittenByIndex": {"aten.index_put"},
+    "Recurrent": {"aten.lstm"},
     "StandardizedConvolution": {"aten.conv2d"},
     "Attention": {"aten.view", "aten.scaled_dot_product_attention"},
 }
+
+
+#: What torch's counter sees nothing of on a CPU.
+UNCOUNTED = {"aten.lstm"}
 
 
 def plan_of(data: dict[str, Any]) -> Plan:
@@ -47,7 +57,8 @@ def _require_counted(dyn: DynamicModel, x: torch.Tensor) -> None:
     for stage in dyn.cost.stages:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             next(exits)
-        assert counter.get_total_flops() == 2 * stage.macs * len(x)
+        if UNCOUNTED.isdisjoint(u.operator for u in dyn.report.unknown):
+            assert counter.get_total_flops() == 2 * stage.macs * len(x)
 
 
 def _require_stored_once(dyn: DynamicModel) -> None:

@@ -61,7 +61,10 @@ class StageAssignment:
         return np.where(labels >= 0, self.owners[np.maximum(labels, 0)], labels)
 
     def columns_alive(self, layer: str, stage: int, *, reuse: bool) -> npt.NDArray[np.bool_]:
-        """Input channels of a dense layer that ``stage`` reads (docs/semantics.md, "Alive weights")."""
+        """Input channels of a dense layer that ``stage`` reads.
+
+        The rule stands in docs/semantics.md, "Alive weights".
+        """
         channels = self.channels.layers[layer]
         owner = np.full(len(channels.columns[0]), NOBODY, dtype=np.int64)
         for columns in channels.columns:

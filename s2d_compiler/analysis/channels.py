@@ -17,8 +17,9 @@ from torch import fx
 from s2d_compiler.analysis.labels import NOBODY, VERSIONED, Labels, Ties, has_atoms, uniform
 from s2d_compiler.analysis.layer_graph import last_layers, layer_graph
 from s2d_compiler.analysis.resolutions import as_pixels, position_count, resolution
-from s2d_compiler.program import Layer, Program, is_scalar, path_of, shape_of
+from s2d_compiler.program import Layer, Program, is_read_number, is_scalar, path_of, shape_of
 from s2d_compiler.rules import UNKNOWN, NoRule, OperatorRule, find_rule, rule_key
+from s2d_compiler.rules.elementwise import ELEMENTWISE
 from s2d_compiler.rules.layers import CONVOLUTION_CLASSES, is_layer
 
 
@@ -142,6 +143,8 @@ class ChannelContext:
     def write_layer(self, node: fx.Node, count: int) -> Labels:
         """Labels of a layer's output channels: new at its first call site."""
         key = self.weight_key(node)
+        if key in self.rows and len(self.rows[key]) != count:
+            raise NoRule("another layer uses its weight the other way round")
         if key not in self.rows:
             self.rows[key] = self.ties.fresh(count)
         return self.rows[key]
@@ -150,6 +153,8 @@ class ChannelContext:
         """Record a call site; the inputs of all call sites of a weight are tied."""
         key = self.weight_key(node)
         seen = self.columns.setdefault(key, [])
+        if any(len(other) != len(columns) for other in seen):
+            raise NoRule("another layer uses its weight the other way round")
         for other in seen:
             self.ties.tie(other, columns)
         seen.append(columns)
@@ -197,6 +202,8 @@ def _propagate(program: Program, predictions: frozenset[str]) -> _Trial:
             context.known[node.name] = uniform(len(shape_of(node)), NOBODY)
             continue
         rule, reason = find_rule(node), "the operator has no rule"
+        if rule is not None and rule is not ELEMENTWISE and _takes_read_number(node):
+            rule, reason = None, "a number that it takes is read from a tensor"
         if rule is not None:
             try:
                 context.known[node.name] = rule.labels(context, node)
@@ -210,6 +217,10 @@ def _propagate(program: Program, predictions: frozenset[str]) -> _Trial:
             macs = layer_macs(program, node) if is_layer(node) else UNKNOWN.macs(node)
             unknown.append(UnknownUse(node.name, rule_key(node), path_of(node), reason, macs))
     return context, rules, unknown
+
+
+def _takes_read_number(node: fx.Node) -> bool:
+    return any(is_read_number(operand) for operand in node.all_input_nodes)
 
 
 def layer_macs(program: Program, node: fx.Node) -> int:

@@ -32,6 +32,9 @@ class OperatorRule(ABC):
     family: ClassVar[str]
     #: Whether the operator mixes channels without weights and runs once per stage.
     is_coupled: ClassVar[bool] = False
+    #: Whether every element of the result depends on one element of each operand, so that a
+    #: slice of the result can be computed from slices of the operands.
+    moves_or_maps: ClassVar[bool] = False
 
     @abstractmethod
     def labels(self, context: ChannelContext, node: fx.Node) -> Labels:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import fx
 
 from s2d_compiler.analysis.labels import NOBODY, VERSIONED, ZERO, Labels, has_atoms, uniform
-from s2d_compiler.program import is_scalar, shape_of, tensor_value
+from s2d_compiler.program import is_read_number, is_scalar, shape_of, tensor_value
 from s2d_compiler.rules.base import OperatorRule, register
 
 if TYPE_CHECKING:
@@ -35,13 +35,14 @@ class Elementwise(OperatorRule):
     """
 
     family: ClassVar[str] = "elementwise"
+    moves_or_maps: ClassVar[bool] = True
 
     def labels(self, context: ChannelContext, node: fx.Node) -> Labels:
         shape = shape_of(node)
         operands = [
             (shape_of(n), context.labels_of(n))
             for n in tensor_operands(node)
-            if tensor_value(n) is not None
+            if tensor_value(n) is not None or is_read_number(n)
         ]
         return combine(context, shape, operands)
 

@@ -56,11 +56,17 @@ class Movement(OperatorRule):
     """view, permute, slice, flip, pixel shuffle, indexing by constants..."""
 
     family: ClassVar[str] = "data movement"
+    moves_or_maps: ClassVar[bool] = True
 
     def labels(self, context: ChannelContext, node: fx.Node) -> Labels:
         source = operand_of(node)
         shape = shape_of(source)
         labels = context.labels_of(source)
+        for operand in node.all_input_nodes:
+            if operand is source or is_scalar(operand):
+                continue
+            if context.constant(operand) is None:
+                raise NoRule("its index is not a constant")
         if labels.size == 1 and tensor_value(node) is not None:
             return uniform(len(shape_of(node)), int(labels.reshape(-1)[0]))
         _require_affordable(shape)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import fx
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from s2d_compiler.program import SAMPLE_BATCH, batch_dimensions, shape_of, tensor_value
+from s2d_compiler.program import SAMPLE_BATCH, batch_dimensions, concrete, shape_of, tensor_value
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 
@@ -22,7 +24,9 @@ def product_macs(node: fx.Node) -> int:
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return 0
     shapes = [shape_of(n) for n in node.all_input_nodes if tensor_value(n) is not None]
-    batch = SAMPLE_BATCH if batch_dimensions(node) else int(node.meta.get("fixed_batch", 1))
+    sized = [node] if tensor_value(node) is not None else node.all_input_nodes
+    free = any(batch_dimensions(n) for n in sized)
+    batch = SAMPLE_BATCH if free else int(node.meta.get("fixed_batch", 1))
     return _run_macs(node, target, shapes) // batch
 
 
@@ -41,6 +45,8 @@ def _run_macs(node: fx.Node, target: torch._ops.OpOverload, shapes: list[tuple[i
         return _size((*outer, length, keys)) * (width + value_width)
     if name == "einsum":
         return _einsum_macs(str(node.args[0]), shapes)
+    if target.overloadpacket not in flop_registry and name not in _WITHOUT_PRODUCT:
+        return _counted(node, target)
     if target.overloadpacket not in flop_registry or not all(
         isinstance(a, fx.Node) for a in node.args
     ):
@@ -75,6 +81,37 @@ def _named_sizes(term: str, shape: tuple[int, ...]) -> dict[str, int]:
     sizes = dict(zip(before, shape, strict=False))
     sizes |= {f".{len(hidden) - i}": n for i, n in enumerate(hidden)}
     return sizes | (dict(zip(after, shape[-len(after) :], strict=True)) if after else {})
+
+
+#: Operators that are common and multiply no matrices; anything else is run to be counted.
+_WITHOUT_PRODUCT = (
+    "cat",
+    "stack",
+    "cumsum",
+    "sort",
+    "topk",
+    "layer_norm",
+    "group_norm",
+    "rms_norm",
+)
+
+
+def _counted(node: fx.Node, target: torch._ops.OpOverload) -> int:
+    """What torch's own counter sees when the operator runs on shapes alone."""
+
+    def shaped(n: fx.Node) -> Any:
+        value = tensor_value(n)
+        if value is None:
+            return concrete(n.meta["val"])
+        return torch.empty(shape_of(n), dtype=value.dtype, device="meta")
+
+    try:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), shaped)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            target(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+        return 0
+    return int(counter.get_total_flops()) // 2
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -88,12 +88,16 @@ class Emitter:
         key = _key("call_function", target, args, kwargs or {})
         found = self.expressions.get(key) if key is not None else None
         if found is not None:
-            found.meta["stage"] = min(found.meta["stage"], stage)
-            if self.before is not None and self.before < found:
-                self.before.prepend(found)
-            return found
+            return self._used_again(found, stage)
         created = self.graph.call_function(target, args, kwargs or {})
         return self._finish(created, like, stage)
+
+    def _used_again(self, found: fx.Node, stage: int) -> fx.Node:
+        """An existing node for one more reader, which may be earlier in the graph."""
+        found.meta["stage"] = min(found.meta["stage"], stage)
+        if self.before is not None and self.before < found:
+            self.before.prepend(found)
+        return found
 
     def _weightless(self, node: fx.Node, args: Any, stage: int) -> fx.Node:
         """A module without weights (dropout), one per stage that uses it."""
@@ -129,7 +133,7 @@ class Emitter:
     def _layer_call(self, name: str, args: Any, node: fx.Node, stage: int) -> fx.Node:
         key = _key("call_module", name, tuple(args), {})
         if key is not None and key in self.expressions:
-            return self.expressions[key]
+            return self._used_again(self.expressions[key], stage)
         created = self._finish(self.graph.call_module(name, tuple(args)), node, stage)
         created.meta["kind"] = node.meta.get("kind")
         if node.name in self.channels.layer_of or node.meta.get("kind") in ("Linear", "Conv2d"):
@@ -145,6 +149,12 @@ class Emitter:
         return created
 
     # -- attributes -------------------------------------------------------------------------------
+
+    def attribute_name(self, target: str) -> str:
+        """Where a tensor used by itself is kept: apart from modules that hold it as well."""
+        inside = [target[:i] for i, character in enumerate(target) if character == "."]
+        modules = {str(n.target) for n in self.program.nodes if n.op == "call_module"}
+        return f"_tensors.{target.replace('.', '_')}" if modules & set(inside) else target
 
     def attribute(
         self,

@@ -55,8 +55,10 @@ class PartReader(Emitter):
                 result = isinstance(self.program.attribute(node), nn.Parameter)
             else:
                 operands = node.all_input_nodes
+                rule = self.channels.rules.get(node.name)
                 result = (
-                    node.op == "call_function"
+                    rule is not None
+                    and rule.moves_or_maps
                     and bool(operands)
                     and all(self.is_weight_expression(n) for n in operands)
                 )
@@ -115,12 +117,13 @@ class PartReader(Emitter):
         """A parameter or buffer used by itself: whole and shared, or a stage's slice of it."""
         target = str(node.target)
         value = self.program.attribute(node)
+        held = self.attribute_name(target)
         if not where.dimensions:
-            name = f"{SHARED}.{target}"
+            name = f"{SHARED}.{held}"
             index: tuple[tuple[int, ...] | None, ...] = (None,) * value.dim()
         else:
             assert where.lists is not None
-            name = self._module_name(target, stage)
+            name = self._module_name(held, stage)
             chosen = dict(zip(where.dimensions, where.lists, strict=True))
             index = tuple(chosen.get(d) for d in range(value.dim()))
         return self.attribute(name, target, value, index, node, stage)
@@ -222,6 +225,8 @@ class PartReader(Emitter):
             return self._source(node, PART, int(owner))
         if VERSIONED in owners:
             return self.version(node, max(stage, 1))
+        if not self.positions_of(node, NOBODYS, 0).size:
+            raise PassError(f"{place(node)}: stage {stage} can read nothing of it")
         return self.nobody(node)
 
     def _assemble(
