@@ -236,7 +236,7 @@ def from_data(data: Any, name: str) -> DynamicModel:
             f"{name} is not a dyn.pt; it may be a model, which s2d-compile turns into one."
         )
     version = data.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise FormatError(
             f"{name} has format {version!r}, this package reads up to {VERSION}; "
             "upgrade s2d-compiler."

@@ -551,6 +551,16 @@ class ConstantOutput(Odd):
         return super().forward(x), torch.ones(1, 3, dtype=x.dtype), x.sum()
 
 
+class Normalised(Odd):
+    """Features of unit length over their channels."""
+
+    def build(self) -> None:
+        self.conv = nn.Conv2d(16, 16, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.conv(F.normalize(self.conv(x), dim=1))
+
+
 class Maxout(Odd):
     """The larger of two halves."""
 

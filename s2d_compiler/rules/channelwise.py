@@ -316,10 +316,8 @@ register(
     ],
 )
 register(Window(), ["Dropout2d"])
-register(
-    Reduction(),
-    [f"aten.{name}" for name in "mean sum amax amin prod any all var std logsumexp norm".split()],
-)
+_REDUCTIONS = "mean sum amax amin prod any all var std logsumexp norm linalg_vector_norm"
+register(Reduction(), [f"aten.{name}" for name in _REDUCTIONS.split()])
 register(Softmax(), ["aten.softmax", "aten._softmax", "aten.log_softmax"])
 register(
     Pad(),
