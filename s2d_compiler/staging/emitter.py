@@ -175,7 +175,7 @@ class Emitter:
         )
         key = ("get_attr", name)
         if key in self.expressions:
-            return self.expressions[key]
+            return self._used_again(self.expressions[key], stage)
         created = self.graph.get_attr(name)
         return self._finish(created, like, stage)
 
@@ -192,7 +192,7 @@ class Emitter:
         key = ("get_attr", name)
         if key not in self.expressions:
             return self._finish(self.graph.get_attr(name), like, 0)
-        return self.expressions[key]
+        return self._used_again(self.expressions[key], 0)
 
     # -- small rewrites ---------------------------------------------------------------------------
 
