@@ -561,6 +561,17 @@ class Normalised(Odd):
         return self.conv(F.normalize(self.conv(x), dim=1))
 
 
+class GatedVersions(Odd):
+    """A one-channel gate on what an operator without a rule returns."""
+
+    def build(self) -> None:
+        self.gate, self.conv = nn.Conv2d(16, 1, 1), nn.Conv2d(16, 16, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        y = torch.cumsum(x, 1)
+        return self.conv(y * torch.sigmoid(self.gate(y)))
+
+
 class Maxout(Odd):
     """The larger of two halves."""
 

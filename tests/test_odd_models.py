@@ -32,6 +32,7 @@ UNKNOWN = {
     "RunningSum": {"aten.cumsum"},
     "ChannelAttention1d": {"Conv1d"},
     "Einsum": {"aten.einsum"},
+    "GatedVersions": {"aten.cumsum"},
     "ReadNumbers": {"aten.argmax", "aten.item", "aten.select"},
     "VectorQuantised": {"aten.argmin", "aten.index"},
     "TiedDecoder": {"ConvTranspose2d"},

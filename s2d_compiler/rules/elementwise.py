@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from torch import fx
 
-from s2d_compiler.analysis.labels import NOBODY, VERSIONED, ZERO, Labels, has_atoms, uniform
+from s2d_compiler.analysis.labels import (
+    NOBODY,
+    VERSIONED,
+    ZERO,
+    Labels,
+    has_atoms,
+    is_versioned,
+    uniform,
+)
 from s2d_compiler.program import is_read_number, is_scalar, shape_of, tensor_value
 from s2d_compiler.rules.base import OperatorRule, register
 
@@ -88,15 +96,18 @@ def _is_gate(
     k: int, shape: tuple[int, ...], operands: list[tuple[tuple[int, ...], Labels]]
 ) -> bool:
     """Whether operand ``k`` holds atoms and is one value for several channels of another:
-    of size 1 along them, or expanded from one atom."""
+    of size 1 along them (they may be versioned), or expanded from one atom."""
     own, labels = operands[k]
     if not has_atoms(labels):
         return False
     for d, size in enumerate(shape):
         if size == 1 or labels.shape[d] > 1 or not (own[d] == 1 or labels.size == 1):
             continue
-        for j, (_, other) in enumerate(operands):
+        for j, (full, other) in enumerate(operands):
             if j != k and other.shape[d] > 1 and has_atoms(other):
+                return True
+            versions = is_versioned(other) and not has_atoms(other)
+            if j != k and versions and labels.size == 1 and own[d] == 1 and full[d] > 1:
                 return True
     return False
 
