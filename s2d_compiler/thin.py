@@ -91,12 +91,12 @@ def _resized_layer(module: nn.Module, inputs: int, outputs: int, groups: int) ->
 
 
 def head_module(
-    program: Program, node: fx.Node, columns: Positions
+    program: Program, node: fx.Node, columns: Positions, groups: int
 ) -> tuple[str, Slices, nn.Module]:
     """All rows and some columns of a prediction layer."""
     module = program.module(node)
     rows = np.arange(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
-    return thin_layer_module(program, node, rows, columns, 1)
+    return thin_layer_module(program, node, rows, columns, groups)
 
 
 def thin_per_channel_module(

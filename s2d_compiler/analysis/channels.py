@@ -20,7 +20,7 @@ from s2d_compiler.analysis.resolutions import as_pixels, position_count, resolut
 from s2d_compiler.program import Layer, Program, is_read_number, is_scalar, path_of, shape_of
 from s2d_compiler.rules import UNKNOWN, NoRule, OperatorRule, find_rule, rule_key
 from s2d_compiler.rules.elementwise import ELEMENTWISE
-from s2d_compiler.rules.layers import CONVOLUTION_CLASSES, is_layer
+from s2d_compiler.rules.layers import CONVOLUTION_CLASSES, is_cut_between, is_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +259,7 @@ def _predictions(program: Program, trial: _Trial) -> frozenset[str]:
         nodes = [program.by_name[name] for name in sites]
         if key not in context.rows or not all(n.name in ends for n in nodes):
             continue
-        if any(getattr(program.module(n), "groups", 1) != 1 for n in nodes):
+        if any(is_cut_between(program.module(n)) for n in nodes):
             continue
         own = np.unique(atoms[context.rows[key]])
         if (writers[own] == 1).all() and not readers[own].any():

@@ -66,6 +66,7 @@ class Convolution(WeightedLayer):
         columns = self.columns(context.labels_of(operand), node)
         if context.is_prediction(node):
             context.read_layer(node, columns)
+            _tie_columns(context, columns.reshape(module.groups, -1))
             return uniform(len(shape_of(node)), VERSIONED)
         rows = context.write_layer(node, module.out_channels)
         context.read_layer(node, columns)
@@ -96,7 +97,7 @@ def _tie_columns(context: ChannelContext, by_group: Labels) -> None:
 
 def is_cut_between(module: nn.Module) -> bool:
     """Whether a grouped convolution is cut between its groups."""
-    groups = int(module.groups)  # type: ignore[arg-type]
+    groups = int(getattr(module, "groups", 1))
     return groups > 1 and (groups >= GROUPS_TO_CUT_BETWEEN or groups == module.in_channels)
 
 

@@ -98,10 +98,15 @@ class StageBuilder(PartReader):
         columns = self.channels.layers[self.channels.layer_of[node.name]].columns[0]
         owner = self.assignment.owner_of(columns)
         readable = np.flatnonzero(owner <= stage)
-        order = self._reading_order(node, readable, stage)
-        name, slices, build = head_module(self.program, node, order)
+        groups = int(getattr(module, "groups", 1))
+        order = inputs = self._reading_order(node, readable, stage)
+        if groups > 1:
+            per_in = len(columns) // groups
+            order = np.flatnonzero((owner <= stage).reshape(groups, per_in).any(axis=0))
+            inputs = (np.arange(groups)[:, None] * per_in + order[None, :]).reshape(-1)
+        name, slices, build = head_module(self.program, node, order, groups)
         name = place_slices(self.graph_module, f"stages.{stage - 1}.{name}", slices, like=build)
-        part = self._columns(source, channel, order, stage)
+        part = self._columns(source, channel, inputs, stage)
         created = self._layer_call(name, (part,), node, stage)
         created.meta["head"] = True
         return created
