@@ -456,13 +456,21 @@ def test_prediction_layers_end_at_the_output() -> None:
     [
         lambda m, x: m.b(F.relu(m.a(x))) + m.a(x),  # shares atoms with another layer
         lambda m, x: (m.b(m.a(x)), m.c(m.b(m.a(x)))),  # meets another layer on one path
-        lambda m, x: m.grouped(m.a(x)),
+        lambda m, x: m.depthwise(m.a(x)),  # its rows are the channels that it reads
         lambda m, x: m.b(m.b(m.a(x))),  # meets itself
     ],
 )
 def test_what_is_no_prediction_layer(body: Callable[[Any, Tensor], Any]) -> None:
-    found = analysed(body, a=conv(3, 8), b=conv(8, 8), c=conv(8, 5), grouped=conv(8, 8, groups=2))
-    assert not found.predictions & {"a", "b", "grouped"}
+    depthwise = conv(8, 8, groups=8)
+    found = analysed(body, a=conv(3, 8), b=conv(8, 8), c=conv(8, 5), depthwise=depthwise)
+    assert not found.predictions & {"a", "b", "depthwise"}
+
+
+def test_a_grouped_convolution_at_the_end_is_a_prediction_layer() -> None:
+    found = analysed(lambda m, x: m.b(m.a(x)), a=conv(3, 8), b=conv(8, 6, groups=2))
+    assert found.predictions == {"b"}
+    rows = found.rows("a")
+    assert rows[:4] == rows[4:]  # both groups keep the same number of inputs
 
 
 # -- families, cuts, order -----------------------------------------------------------------
