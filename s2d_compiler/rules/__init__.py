@@ -1,6 +1,7 @@
 """What every operator family does to channels and what it costs: one table."""
 
 from s2d_compiler.rules import channelwise as channelwise
+from s2d_compiler.rules import contraction as contraction
 from s2d_compiler.rules import elementwise as elementwise
 from s2d_compiler.rules import layers as layers
 from s2d_compiler.rules import movement as movement
