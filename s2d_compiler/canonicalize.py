@@ -24,7 +24,10 @@ def canonicalize(graph: fx.Graph, add_constant: AddConstant) -> None:
 
     - ``stack`` -> ``unsqueeze`` and ``cat``;
     - ``max``/``min`` over a dimension whose index is not used -> ``amax``/``amin``;
-    - ``expand_as`` -> ``expand`` (nothing where the shapes are equal);
+    - ``expand_as`` -> ``expand`` (nothing where the shapes are equal), ``reshape_as`` and
+      ``view_as`` -> ``reshape``;
+    - ``addmm`` and ``baddbmm`` -> a product and a sum; a product with a parameter matrix ->
+      ``linear``;
     - ``slice_scatter``/``select_scatter`` -> ``cat`` and ``index_select`` by a constant;
     - ``zeros`` of a batch -> ``new_zeros``; casts lose a device that changes nothing.
     """
@@ -111,6 +114,66 @@ def _expand_as(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None
         assert isinstance(source, fx.Node)
         return source
     return _call(graph, aten.expand.default, (source, sizes), node, node.meta["val"])
+
+
+def _reshape_as(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None:
+    source, value = node.args[0], _value(node)
+    free = [d for d, size in enumerate(value.shape) if not isinstance(size, int)]
+    if len(free) > 1:
+        return None
+    sizes = [-1 if d in free else size for d, size in enumerate(value.shape)]
+    return _call(graph, aten.reshape.default, (source, sizes), node, value)
+
+
+def _product_with_weight(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None:
+    """``x @ w`` with a parameter matrix is a linear layer whose weight is ``w`` transposed."""
+    first, second = node.args[:2]
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+        return None
+    if not _is_parameter(second) or _value(second).dim() != 2 or _value(first).dim() < 2:
+        return None
+    if _is_parameter(first):
+        return None
+    if second.target in (aten.t.default, aten.numpy_T.default):
+        weight = second.args[0]
+    else:
+        weight = _call(graph, aten.t.default, (second,), node, _value(second).t())
+    return _call(graph, aten.linear.default, (first, weight), node, node.meta["val"])
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    """Whether a value depends on parameters, and on nothing but attributes."""
+    if node.op == "get_attr":
+        return bool(node.meta.get("parameter"))
+    operands = node.all_input_nodes
+    return (
+        node.op == "call_function"
+        and bool(operands)
+        and all(n.op == "get_attr" or _is_parameter(n) for n in operands)
+        and any(_is_parameter(n) for n in operands)
+    )
+
+
+def _sum_with_product(graph: fx.Graph, node: fx.Node, add: AddConstant) -> fx.Node | None:
+    """``beta * a + alpha * (b @ c)`` in its parts."""
+    base, left, right = node.args[:3]
+    product_of = aten.mm.default if node.target is aten.addmm.default else aten.bmm.default
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
+    product = _call(graph, product_of, (left, right), node, node.meta["val"])
+    if (as_layer := _product_with_weight(graph, product, add)) is not None:
+        graph.erase_node(product)
+        product = as_layer
+    terms: list[Any] = []
+    for value, name in ((base, "beta"), (product, "alpha")):
+        factor = node.kwargs.get(name, 1)
+        if factor != 1:
+            assert isinstance(value, fx.Node)
+            value = _call(graph, aten.mul.Tensor, (value, factor), node, value.meta["val"])
+        terms.append(value)
+    if node.kwargs.get("beta", 1) == 0:
+        return terms[1]  # type: ignore[no-any-return]
+    return _call(graph, aten.add.Tensor, tuple(terms), node, node.meta["val"])
 
 
 def _slice_scatter(graph: fx.Graph, node: fx.Node, add_constant: AddConstant) -> fx.Node | None:
@@ -230,6 +293,12 @@ _REWRITES: dict[Any, Callable[[fx.Graph, fx.Node, AddConstant], fx.Node | None]]
     aten.max.dim: _extreme(aten.amax.default),
     aten.min.dim: _extreme(aten.amin.default),
     aten.expand_as.default: _expand_as,
+    aten.reshape_as.default: _reshape_as,
+    aten.view_as.default: _reshape_as,
+    aten.matmul.default: _product_with_weight,
+    aten.mm.default: _product_with_weight,
+    aten.addmm.default: _sum_with_product,
+    aten.baddbmm.default: _sum_with_product,
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
     aten.zeros.default: _created_like(aten.new_zeros.default),

@@ -17,8 +17,11 @@ from torch.nn import functional
 
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.analysis.labels import VERSIONED, Labels
+from s2d_compiler.computed import ComputedLayer
 from s2d_compiler.layout import channel_dimensions, layout, take
+from s2d_compiler.provenance import Slice
 from s2d_compiler.rules.layers import is_cut_between, is_layer
+from s2d_compiler.thin_expression import slice_expression
 
 
 def masked_outputs(assignment: StageAssignment, inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -95,6 +98,8 @@ class _Run:
 
     def _layer(self, node: fx.Node, module: nn.Module, source: Any) -> Any:
         mask = self._column_mask(node, module)
+        if isinstance(module, ComputedLayer):
+            return self._computed(node, module, mask, source)
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         groups = int(getattr(module, "groups", 1))
         if getattr(module, "transposed", False):
@@ -107,6 +112,30 @@ class _Run:
             )
         parameters = dict(module.named_parameters()) | {"weight": masked}
         return torch.func.functional_call(module, parameters, (source,))
+
+    def _computed(
+        self, node: fx.Node, module: ComputedLayer, mask: torch.Tensor, source: Any
+    ) -> torch.Tensor:
+        """A layer whose weight is computed from the alive slice, the rest of it zero."""
+        layer = self.channels.layers[self.channels.layer_of[node.name]]
+        rows, columns = np.arange(module.out_channels), torch.nonzero(mask.any(0)).flatten()
+        if node.name not in self.channels.predictions:
+            rows = np.flatnonzero(self.assignment.owner_of(layer.rows) == self.stage)
+        whole, whole_bias = module.weight_and_bias()
+        weight = torch.zeros_like(whole)
+        bias = None if whole_bias is None else torch.zeros_like(whole_bias)
+        if rows.size:
+            thin = slice_expression(module, rows.tolist(), columns.tolist())
+            tensors = {
+                key: Slice(key, index).take(module.tensors()[key])
+                for key, index in thin.index.items()
+            }
+            known = thin.expression.values(tensors | thin.constants)
+            at = torch.from_numpy(rows)
+            weight[at[:, None], columns] = known[thin.expression.weight]
+            if bias is not None and thin.expression.bias is not None:
+                bias[at] = known[thin.expression.bias]
+        return module.apply_with(source, weight, bias)
 
     def _column_mask(self, node: fx.Node, module: nn.Module) -> torch.Tensor:
         """(groups, inputs per group): which weights the stage's rows read."""

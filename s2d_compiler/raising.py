@@ -1,13 +1,13 @@
 """Raise weighted ATen operators back to ``torch.nn`` modules under their original paths.
 
 One entry per operator: which positional arguments are tensors that the module owns, and
-how the module is built. Anything whose weight is not a parameter or buffer of the model
-(a weight computed from others, say) stays an operator.
+how the module is built. A layer whose weight is computed from parameters becomes a
+``ComputedLayer``; anything else whose weight is not a parameter or buffer stays an operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from torch import fx, nn
 
 from s2d_compiler.attributes import read
+from s2d_compiler.computed import ComputedLayer
+from s2d_compiler.expressions import find_expression
 from s2d_compiler.program import safe_name
 
 aten = torch.ops.aten
@@ -155,6 +157,10 @@ for _rank, _name, _overload in (
         _WEIGHTS, _convolution(_class, _rank, True)
     )
 
+_MAY_BE_COMPUTED = frozenset(
+    target for target in RAISED if target._opname in ("linear", "conv1d", "conv2d", "conv3d")
+)
+
 
 def schema_arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of an operator by schema name, defaults filled in."""
@@ -187,10 +193,65 @@ class Raiser:
         self.taken: set[str] = set()
 
     def run(self) -> None:
-        for node in list(self.graph_module.graph.nodes):
+        graph = self.graph_module.graph
+        called = [n for n in graph.nodes if n.op == "call_function" and n.target in RAISED]
+        for node in called:  # before the norms that their weights may be computed by
+            if node.target in _MAY_BE_COMPUTED:
+                self._raise_computed(node, RAISED[node.target])
+        graph.eliminate_dead_code()
+        for node in list(graph.nodes):
             if node.op == "call_function" and node.target in RAISED:
                 self._raise(node, RAISED[node.target])
-        self.graph_module.graph.eliminate_dead_code()
+        graph.eliminate_dead_code()
+
+    def _raise_computed(self, node: fx.Node, entry: Raise) -> None:
+        """A layer whose weight or bias is an expression of parameters."""
+        arguments = schema_arguments(node)
+        weight, bias = arguments["weight"], arguments["bias"]
+        operands = [n for n in (weight, bias) if isinstance(n, fx.Node)]
+        if not isinstance(weight, fx.Node) or all(n.op == "get_attr" for n in operands):
+            return
+        found = find_expression(weight, bias, self.graph_module, self.sources)
+        values = {
+            k: v.meta.get("val") if isinstance(v, fx.Node) else v for k, v in arguments.items()
+        }
+        layer = None if found is None else entry.build(values)
+        if found is None or layer is None:
+            return
+        tensors = {k: read(self.graph_module, target) for k, target in found.targets.items()}
+        unsaved = frozenset(k for k, t in found.targets.items() if t not in self.sources)
+        module = ComputedLayer(layer, found.expression, tensors, unsaved)
+        path = safe_name(self._computed_path(node, found.targets))
+        configuration = (module.extra_repr(), found.expression, tuple(found.targets.items()))
+        name, count = path, 1
+        while name in self.raised or self._is_occupied(name, set(found.targets.values())):
+            if name in self.raised and str(self.raised[name][0]) == str(configuration):
+                break
+            count += 1
+            name = f"{path}_{count}"
+        if name not in self.raised:
+            for key, target in found.targets.items():
+                if target in self.sources:
+                    self.sources[f"{name}.{key}"] = self.sources[target]
+            module.eval()
+            self.graph_module.add_submodule(name, module)
+            self.raised[name] = (configuration, module)
+        self._replace(node, name, arguments[entry.operand], type(layer).__name__)
+
+    def _computed_path(self, node: fx.Node, targets: Mapping[str, str]) -> str:
+        """The path of the module that holds the weight, else of the one that runs."""
+        keys = [self.sources[t] for t in targets.values() if t in self.sources]
+        weights = [key for key in keys if key.endswith(".weight")]
+        if len(weights) == 1:
+            return weights[0].removesuffix(".weight")
+        return str(node.meta.get("path", "")) or f"_{node.name}"
+
+    def _replace(self, node: fx.Node, target: str, operand: Any, kind: str) -> None:
+        with self.graph_module.graph.inserting_before(node):
+            call = self.graph_module.graph.call_module(target, (operand,))
+        call.meta = dict(node.meta) | {"kind": kind, "operator": str(node.target)}
+        node.replace_all_uses_with(call)
+        self.graph_module.graph.erase_node(node)
 
     def _raise(self, node: fx.Node, entry: Raise) -> None:
         arguments = schema_arguments(node)
@@ -216,12 +277,7 @@ class Raiser:
         path = safe_name(self._path(node, owned))
         configuration = (type(module), module.extra_repr(), tuple(sorted(owned.items())))
         target = self._install(path, configuration, module, owned, node)
-        operand = arguments[entry.operand]
-        with self.graph_module.graph.inserting_before(node):
-            call = self.graph_module.graph.call_module(target, (operand,))
-        call.meta = dict(node.meta) | {"kind": type(module).__name__, "operator": str(node.target)}
-        node.replace_all_uses_with(call)
-        self.graph_module.graph.erase_node(node)
+        self._replace(node, target, arguments[entry.operand], type(module).__name__)
 
     def _path(self, node: fx.Node, owned: Mapping[str, str]) -> str:
         """The original module's path if the tensors are that module's, else the weight's."""
@@ -252,7 +308,9 @@ class Raiser:
         node: fx.Node,
     ) -> str:
         name, count = path, 1
-        while name in self.raised or self._is_occupied(name, module, owned):
+        while name in self.raised or self._is_occupied(
+            name, set(owned.values()), set(module._buffers)
+        ):
             if name in self.raised and self.raised[name][0] == configuration:
                 return name
             count += 1
@@ -289,7 +347,7 @@ class Raiser:
         module._buffers["num_batches_tracked"] = counter
         self.sources[f"{name}.num_batches_tracked"] = key
 
-    def _is_occupied(self, name: str, module: nn.Module, owned: Mapping[str, str]) -> bool:
+    def _is_occupied(self, name: str, own: Collection[str], buffers: Collection[str] = ()) -> bool:
         """Whether something else than the module's own tensors stands there: a plain tensor of
         that path, or a module with children, or with tensors that this one has no place for."""
         try:
@@ -298,5 +356,5 @@ class Raiser:
             return False
         if not isinstance(found, nn.Module) or type(found) is not nn.Module:
             return True
-        content = {*found._modules, *found._parameters, *found._buffers} - set(module._buffers)
-        return not {f"{name}.{key}" for key in content} <= set(owned.values())
+        content = {*found._modules, *found._parameters, *found._buffers} - set(buffers)
+        return not {f"{name}.{key}" for key in content} <= set(own)

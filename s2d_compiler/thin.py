@@ -15,8 +15,10 @@ import torch
 from torch import fx, nn
 
 from s2d_compiler.attributes import empty_like, is_taken, put, read
+from s2d_compiler.computed import ComputedLayer, weight_shape
 from s2d_compiler.program import Program
 from s2d_compiler.provenance import Slice, normalised
+from s2d_compiler.thin_expression import slice_expression
 
 Positions = npt.NDArray[np.int64]
 Slices = dict[str, tuple[torch.Tensor, Slice]]
@@ -45,6 +47,8 @@ def thin_layer_module(
     """
     module = program.module(node)
     path = str(node.target)
+    if isinstance(module, ComputedLayer):
+        return _thin_computed(program, path, module, rows, columns, groups)
     weight: torch.Tensor = module.weight
     taken = _tuple(rows)
     chosen = None if columns is None else _tuple(columns)
@@ -61,6 +65,28 @@ def thin_layer_module(
     if getattr(module, "transposed", False):
         per_group = len(index[0] or range(weight.shape[0])) // groups
     return path, slices, _resized_layer(module, per_group * groups, len(rows), groups)
+
+
+def _thin_computed(
+    program: Program,
+    path: str,
+    module: ComputedLayer,
+    rows: Positions,
+    columns: Positions | None,
+    groups: int,
+) -> tuple[str, Slices, nn.Module]:
+    """Rows and columns of a layer with a computed weight, as ``thin_layer_module``."""
+    inside = range(weight_shape(module)[1]) if columns is None else columns.tolist()
+    thin = slice_expression(module, rows.tolist(), inside)
+    tensors, slices = module.tensors(), {}
+    shapes: dict[str, torch.Tensor] = {}
+    for key, index in thin.index.items():
+        slices[key] = (tensors[key], _slice(program, path, key, tensors[key], index))
+        shapes[key] = empty_like(tensors[key], tuple(len(chosen) for chosen in index))
+    unsaved = frozenset({*module._non_persistent_buffers_set, *thin.constants})
+    config = _resized_layer(module.layer(), len(inside) * groups, len(rows), groups)
+    build = ComputedLayer(config, thin.expression, shapes | thin.constants, unsaved)
+    return path, slices, build
 
 
 def _transposed_index(
@@ -184,6 +210,8 @@ def _same_kind(root: nn.Module, name: str, like: nn.Module | None) -> bool:
     if like is None:
         return True
     found = read(root, name)
+    if isinstance(found, ComputedLayer) and isinstance(like, ComputedLayer):
+        return found.computes_like(like)
     return type(found) is type(like) and found.extra_repr() == like.extra_repr()
 
 
@@ -195,8 +223,10 @@ def meta_copy(module: nn.Module) -> nn.Module:
         k: None if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
         for k, p in module._parameters.items()
     }
+    kept = module.constants() if isinstance(module, ComputedLayer) else ()
     copied._buffers = {
-        k: None if b is None else b.detach().to("meta") for k, b in module._buffers.items()
+        k: b if b is None or k in kept else b.detach().to("meta")
+        for k, b in module._buffers.items()
     }
     copied._modules = {}
     return copied

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from s2d_compiler.analysis.channels import ChannelAnalysis, Family, cut_resolutions
 from s2d_compiler.analysis.labels import NOBODY, VERSIONED, ZERO, Labels
+from s2d_compiler.computed import weight_of
 from s2d_compiler.errors import PlanError
 from s2d_compiler.plan import Plan
 from s2d_compiler.program import Program
@@ -135,11 +136,11 @@ def _by_weight(program: Program, channels: ChannelAnalysis, family: Family) -> t
 def row_weights(program: Program, layer: str) -> npt.NDArray[np.float64]:
     """Sum of absolute weights of every output channel of a layer."""
     module: Any = program.graph_module.get_submodule(layer)
-    weight = module.weight.detach().double().abs().cpu()
+    weight = weight_of(module).detach().double().abs().cpu()
     if not getattr(module, "transposed", False):
         return np.asarray(weight.flatten(1).sum(1))
     groups = int(module.groups)
-    by_group = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    by_group = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
     return np.asarray(by_group.flatten(2).sum(2).flatten())
 
 
@@ -153,8 +154,8 @@ def _require_every_stage(owners: Owners, plan: Plan, channels: ChannelAnalysis) 
     remedy = "move the cut points apart, or use fewer stages"
     if not len(owners):
         remedy = "the model has no layer whose channels can be cut; use one stage"
-    if channels.unknown:
-        names = ", ".join(sorted({f"{use.operator} ({use.reason})" for use in channels.unknown}))
+    if uncut := (*channels.unknown, *channels.refused):
+        names = ", ".join(sorted({f"{use.operator} ({use.reason})" for use in uncut}))
         remedy += f". Operators that could not be followed: {names}"
     raise PlanError(
         f"plan: stage {empty[0]} of {plan.stages} owns no channel of any layer "

@@ -7,6 +7,7 @@ and cut act within a family.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from torch import fx
 from s2d_compiler.analysis.labels import NOBODY, VERSIONED, Labels, Ties, has_atoms, uniform
 from s2d_compiler.analysis.layer_graph import last_layers, layer_graph
 from s2d_compiler.analysis.resolutions import as_pixels, position_count, resolution
+from s2d_compiler.computed import weight_shape
 from s2d_compiler.program import Layer, Program, is_read_number, is_scalar, path_of, shape_of
 from s2d_compiler.rules import UNKNOWN, NoRule, OperatorRule, find_rule, rule_key
 from s2d_compiler.rules.elementwise import ELEMENTWISE
@@ -92,6 +94,7 @@ class ChannelAnalysis:
         heads: Names of nodes downstream of a prediction layer, itself included.
         coupled: Names of coupled nodes that mix atoms.
         unknown: Nodes without a rule.
+        refused: Layers without a rule that no channel reaches: computed once, whole.
         atom_count: Number of atoms.
     """
 
@@ -103,6 +106,7 @@ class ChannelAnalysis:
     heads: frozenset[str]
     coupled: tuple[str, ...]
     unknown: tuple[UnknownUse, ...]
+    refused: tuple[UnknownUse, ...]
     atom_count: int
     layer_of: Mapping[str, str] = field(default_factory=dict)
 
@@ -117,6 +121,7 @@ class ChannelContext:
     known: dict[str, Labels] = field(default_factory=dict)
     pins: list[Labels] = field(default_factory=list)
     coupled: list[str] = field(default_factory=list)
+    refused: list[UnknownUse] = field(default_factory=list)
     rows: dict[str, Labels] = field(default_factory=dict)
     columns: dict[str, list[Labels]] = field(default_factory=dict)
     call_sites: dict[str, list[str]] = field(default_factory=dict)
@@ -213,9 +218,12 @@ def _propagate(program: Program, predictions: frozenset[str]) -> _Trial:
                 reason = str(refusal)
         rules[node.name] = UNKNOWN
         context.known[node.name] = UNKNOWN.labels(context, node)
+        macs = layer_macs(program, node) if is_layer(node) else UNKNOWN.macs(node)
+        use = UnknownUse(node.name, rule_key(node), path_of(node), reason, macs)
         if (context.known[node.name] == VERSIONED).any():
-            macs = layer_macs(program, node) if is_layer(node) else UNKNOWN.macs(node)
-            unknown.append(UnknownUse(node.name, rule_key(node), path_of(node), reason, macs))
+            unknown.append(use)
+        elif is_layer(node):
+            context.refused.append(use)
     return context, rules, unknown
 
 
@@ -225,10 +233,7 @@ def _takes_read_number(node: fx.Node) -> bool:
 
 def layer_macs(program: Program, node: fx.Node) -> int:
     """MACs per sample of a whole layer at one call site."""
-    module = program.module(node)
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.numel() * layer_positions(node)
+    return math.prod(weight_shape(program.module(node))) * layer_positions(node)
 
 
 def layer_positions(node: fx.Node) -> int:
@@ -312,6 +317,7 @@ def _conclude(
         heads=_downstream(program, predictions),
         coupled=tuple(dict.fromkeys(context.coupled)),
         unknown=tuple(unknown),
+        refused=tuple(context.refused),
         atom_count=int(atoms.max()) + 1 if len(atoms) else 0,
         layer_of=layer_of,
     )

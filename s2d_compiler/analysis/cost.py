@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import fx, nn
 
 from s2d_compiler.analysis.channels import layer_macs, layer_positions
 from s2d_compiler.attributes import read
+from s2d_compiler.computed import weight_shape
 from s2d_compiler.program import Program
 from s2d_compiler.rules import UNKNOWN, find_rule
 from s2d_compiler.rules.layers import is_layer
@@ -123,8 +125,8 @@ def node_macs(program: Program, stage: fx.GraphModule, node: fx.Node) -> int:
     if origin is None:
         return 0
     if node.op == "call_module" and is_layer(origin):
-        weight: Any = stage.get_submodule(str(node.target)).weight
-        macs = int(weight.numel() * layer_positions(origin))
+        module = stage.get_submodule(str(node.target))
+        macs = math.prod(weight_shape(module)) * layer_positions(origin)
     elif node.op == "call_function" and node.target is origin.target:
         macs = (find_rule(origin) or UNKNOWN).macs(origin)
     else:

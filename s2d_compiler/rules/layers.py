@@ -8,12 +8,14 @@ import numpy as np
 from torch import fx, nn
 
 from s2d_compiler.analysis.labels import NOBODY, VERSIONED, Labels, uniform
+from s2d_compiler.computed import ComputedLayer, weight_shape
 from s2d_compiler.layout import Layout, layout
 from s2d_compiler.program import shape_of
 from s2d_compiler.raising import schema_arguments
 from s2d_compiler.rules.base import NoRule, OperatorRule, register
 from s2d_compiler.rules.channelwise import marked, operand_of
 from s2d_compiler.rules.products import product_macs
+from s2d_compiler.thin_expression import why_not_sliceable
 
 if TYPE_CHECKING:
     from s2d_compiler.analysis.channels import ChannelContext
@@ -46,6 +48,12 @@ class WeightedLayer(OperatorRule):
         return rows.reshape(sizes)
 
 
+def require_sliceable(module: nn.Module) -> None:
+    """Require that rows and columns of a computed weight can be computed apart."""
+    if isinstance(module, ComputedLayer) and (reason := why_not_sliceable(module)):
+        raise NoRule(f"its weight is computed from others in a way that cannot be cut: {reason}")
+
+
 class Convolution(WeightedLayer):
     """Dense, grouped, depthwise and transposed convolutions.
 
@@ -61,8 +69,9 @@ class Convolution(WeightedLayer):
         if module.padding_mode != "zeros":
             raise NoRule("its padding mode is not zeros")
         operand = operand_of(node)
-        if len(shape_of(operand)) != module.weight.dim():
+        if len(shape_of(operand)) != len(weight_shape(module)):
             raise NoRule("its operand has no batch dimension")
+        require_sliceable(module)
         columns = self.columns(context.labels_of(operand), node)
         if context.is_prediction(node):
             context.read_layer(node, columns)
@@ -115,6 +124,7 @@ class Linear(WeightedLayer):
         labels = context.labels_of(operand_of(node))
         if labels.shape[-1] == 1 and any(size > 1 for size in labels.shape):
             return labels
+        require_sliceable(context.program.module(node))
         columns = self.columns(labels, node)
         if context.is_prediction(node):
             context.read_layer(node, columns)

@@ -6,6 +6,7 @@ import numpy as np
 from torch import fx
 
 from s2d_compiler.analysis.labels import VERSIONED
+from s2d_compiler.computed import weight_shape
 from s2d_compiler.layout import Layout, Positions, layout
 from s2d_compiler.program import shape_of
 from s2d_compiler.rules.layers import is_cut_between
@@ -28,7 +29,7 @@ class StageBuilder(PartReader):
         columns, inputs, groups = self._layer_inputs(node, rows, stage)
         name, slices, build = thin_layer_module(self.program, node, rows, columns, groups)
         name = place_slices(self.graph_module, self._module_name(name, stage), slices, like=build)
-        channel = 1 if module.weight.dim() > 2 else len(shape_of(source)) - 1
+        channel = 1 if len(weight_shape(module)) > 2 else len(shape_of(source)) - 1
         part = self._columns(source, channel, inputs, stage)
         created = self._layer_call(name, (part,), node, stage)
         created.meta["layer"] = node.name
@@ -94,7 +95,7 @@ class StageBuilder(PartReader):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         module = self.program.module(node)
-        channel = 1 if module.weight.dim() > 2 else len(shape_of(source)) - 1
+        channel = 1 if len(weight_shape(module)) > 2 else len(shape_of(source)) - 1
         columns = self.channels.layers[self.channels.layer_of[node.name]].columns[0]
         owner = self.assignment.owner_of(columns)
         readable = np.flatnonzero(owner <= stage)
