@@ -84,16 +84,23 @@ class ModelSource:
         trust: Let the model's file run any code that it holds; for files of known origin only.
         input_shape: Shape of one input without the batch, such as 3x224x224; goes before the one
             that a plan holds.
+        submodule: The part of the network that this is about, such as backbone; the input shape
+            and the plan are this part's. Without it, the whole network.
     """
 
     arch: Annotated[str | None, Parameter(show_default=False)] = None
     arch_kwargs: Annotated[str | None, Parameter(show_default=False)] = None
     trust: bool = False
     input_shape: Annotated[str | None, Parameter(show_default=False)] = None
+    submodule: Annotated[str | None, Parameter(show_default=False)] = None
 
     def as_options(self) -> str:
         """How these options stand on a command line, with a space after each."""
-        given = [("--arch", self.arch), ("--arch-kwargs", self.arch_kwargs)]
+        given = [
+            ("--arch", self.arch),
+            ("--arch-kwargs", self.arch_kwargs),
+            ("--submodule", self.submodule),
+        ]
         words = [f"{name} {shlex.quote(value)} " for name, value in given if value is not None]
         return "".join(words) + ("--trust " if self.trust else "")
 
@@ -134,10 +141,12 @@ class ModelSource:
         return value
 
     def read(self, path: Path) -> nn.Module:
-        """Read the network."""
+        """Read the network, or the part of it that is asked for."""
         from s2d_compiler.reading import read_model
+        from s2d_compiler.submodules import part_of
 
-        return read_model(path, arch=self.arch, arch_kwargs=self.keywords, trust=self.trust)
+        model = read_model(path, arch=self.arch, arch_kwargs=self.keywords, trust=self.trust)
+        return part_of(model, self.submodule)
 
 
 _REPORTING = Reporting()
@@ -191,6 +200,8 @@ def compile_model(
     _require_other_file(output, {"the model": model, "the plan": splits})
     check_writable(output)
     made_by = {"command": command_line, "model": _origin(model), "seed": seed}
+    if source.submodule is not None:
+        made_by["submodule"] = source.submodule
     program = _capture(source.read(model), plan.input_shape)
     between = _print_pass if print_passes and not reporting.quiet else None
     dyn, proof = _compile(program, plan, made_by, between, None if no_check else seed)
@@ -285,6 +296,12 @@ def _next(dyn: DynamicModel, output: Path) -> str:
             "The exits are untrained: all stages but the last, which is the original itself, do "
             "not have its accuracy yet"
         )
+    part = dyn.parts.made_by.get("submodule")
+    if part is not None:
+        return (
+            f"{who}.\nNext: put an exit where the part was, model.{part} = "
+            f'load("{output}").at_stage(1), and fine-tune; examples/detector_backbone.py shows how.'
+        )
     return (
         f"{who}.\nNext: fine-tune {output} on your data, with the sum of the stages' "
         "cross-entropies as loss; examples/digits.py shows how."
@@ -363,9 +380,9 @@ def show(
         graph: Print the graph of this stage, counted from 1.
         report: Print what was cut, left whole, coupled and unknown, and why.
     """
-    from s2d_compiler.format import load
+    from s2d_compiler.format import load_to_show
 
-    staged = load(dyn)
+    staged = load_to_show(dyn)
     count = len(staged.stages)
     if graph is not None and not 1 <= graph <= count:
         raise UsageError(f"--graph: {graph} is no stage; {dyn} has stages 1 to {count}")

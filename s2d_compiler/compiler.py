@@ -26,6 +26,7 @@ from s2d_compiler.program import Program
 from s2d_compiler.provenance import Slice
 from s2d_compiler.report import report_of
 from s2d_compiler.staging import new_staged_graph
+from s2d_compiler.submodules import part_of
 from s2d_compiler.thin import fill
 from s2d_compiler.tracing import capture
 
@@ -52,6 +53,8 @@ def transform(
     plan: Plan | Mapping[str, Any],
     example_inputs: Sequence[Any] | None = None,
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    submodule: str | None = None,
     pipeline: Steps | None = None,
     between: Between | None = None,
     made_by: Mapping[str, Any] | None = None,
@@ -61,8 +64,12 @@ def transform(
     Args:
         model: Any ``nn.Module`` that ``torch.export`` can capture; left untouched.
         plan: The plan, or what ``Plan.from_dict`` takes.
-        example_inputs: Positional inputs with a batch in dimension 0; without them the
-            plan's ``input_shape``, else the first convolution's channels at 224x224.
+        example_inputs: Positional inputs: tensors with a batch in dimension 0, or tuples, lists
+            and dicts of them; without them the plan's ``input_shape``, else the first
+            convolution's channels at 224x224.
+        example_kwargs: Keyword inputs, likewise; the result takes them by keyword, too.
+        submodule: Path of the part to transform, such as ``"backbone"``; inputs, plan and
+            result are about this part alone.
         pipeline: Given the default pipeline, returns the one to run (to add a pass).
         between: Called after each pass with the pass and the graph (to print it).
         made_by: What to record about the origin of the model.
@@ -73,10 +80,14 @@ def transform(
     Raises:
         PlanError: The plan does not fit the model.
         InputShapeError, CaptureError: The model cannot be captured.
+        UsageError: There is no such submodule.
     """
     if not isinstance(plan, Plan):
         plan = Plan.from_dict(plan)
-    program = capture(model, example_inputs, plan.input_shape)
+    part = part_of(model, submodule)
+    program = capture(part, example_inputs, plan.input_shape, example_kwargs)
+    if submodule is not None:
+        made_by = {"submodule": submodule, **(made_by or {})}
     return compile_program(program, plan, pipeline=pipeline, between=between, made_by=made_by)
 
 
@@ -119,6 +130,7 @@ def _dynamic_model(
         input_shapes=program.input_shapes,
         batch=program.batch,
         output_spec=program.output_spec,
+        input_spec=program.input_spec,
         made_by={**versions(), **made_by},
     )
     dyn = DynamicModel(graphs, parts)

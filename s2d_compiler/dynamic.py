@@ -6,17 +6,20 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from s2d_compiler.analysis.cost import Cost
-from s2d_compiler.errors import InputShapeError
+from s2d_compiler.errors import InputShapeError, UsageError
 from s2d_compiler.plan import Plan
 from s2d_compiler.provenance import Slice
 from s2d_compiler.report import Report
+
+if TYPE_CHECKING:
+    from s2d_compiler.prefix import StagePrefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,8 @@ class DynamicParts:
         batch: None, or the only batch size that the network takes.
         output_spec: pytree structure of the original's output; None for one tensor.
         made_by: Versions, command, hash of the model and seed.
+        input_spec: pytree structure of ``(positional, keyword)`` inputs; None where all are
+            positional tensors.
     """
 
     plan: Plan
@@ -61,6 +66,69 @@ class DynamicParts:
     batch: int | None
     output_spec: Any
     made_by: Mapping[str, Any]
+    input_spec: Any = None
+
+    def flat_inputs(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The input tensors in the order of the program, checked.
+
+        Raises:
+            InputShapeError: They are not of the structure or shape that it was compiled for.
+        """
+        leaves: tuple[Any, ...] = inputs
+        if self.input_spec is not None:
+            order = self.input_spec._children[1]._context
+            known = {name: keywords[name] for name in order if name in keywords}
+            found, spec = pytree.tree_flatten((inputs, {**known, **keywords}))
+            if spec != self.input_spec:
+                raise InputShapeError(
+                    f"the inputs are {_call_text(spec)}; the network was compiled for "
+                    f"{_call_text(self.input_spec)}: call it as the example inputs were given."
+                )
+            leaves = tuple(found)
+        elif keywords:
+            raise InputShapeError(
+                f"the network was compiled without keyword inputs, got {', '.join(keywords)}; hand "
+                "them in by position, or compile with example_kwargs."
+            )
+        self._check_shapes(leaves)
+        return leaves
+
+    def _check_shapes(self, inputs: tuple[Any, ...]) -> None:
+        tensors = [v for v in inputs if isinstance(v, torch.Tensor)]
+        expected = self.input_shapes
+        if len(tensors) != len(expected):
+            raise InputShapeError(
+                f"the network takes {len(expected)} input(s), got {len(tensors)}."
+            )
+        for tensor, shape in zip(tensors, expected, strict=True):
+            if tuple(tensor.shape[1:]) != shape:
+                raise InputShapeError(
+                    f"input of shape {tuple(tensor.shape)}: the network was compiled for "
+                    f"(N, {', '.join(map(str, shape))}); resize the input, or compile again with "
+                    '"input_shape" in the plan.'
+                )
+        if self.batch is not None and tensors and tensors[0].shape[0] != self.batch:
+            raise InputShapeError(
+                f"batch of {tensors[0].shape[0]}: the original fixes its batch size, so this "
+                f"network takes batches of {self.batch} only."
+            )
+
+    def structured(self, leaves: tuple[Any, ...]) -> Any:
+        """Flat outputs in the original's structure."""
+        spec = self.output_spec
+        return leaves[0] if spec is None else pytree.tree_unflatten(list(leaves), spec)
+
+
+def _call_text(spec: Any) -> str:
+    """The structure of a call, with a star for every tensor."""
+    inputs, keywords = pytree.tree_unflatten([_Star()] * spec.num_leaves, spec)
+    parts = [*(repr(v) for v in inputs), *(f"{k}={v!r}" for k, v in keywords.items())]
+    return f"({', '.join(parts)})"
+
+
+class _Star:
+    def __repr__(self) -> str:
+        return "*"
 
 
 class DynamicModel(nn.Module):
@@ -100,18 +168,19 @@ class DynamicModel(nn.Module):
         """State-dict key -> where the tensor came from in the original."""
         return MappingProxyType(dict(self.parts.provenance))
 
-    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+    def forward(self, *inputs: Any, **keywords: Any) -> tuple[Any, ...]:
         """Run all stages.
 
         Args:
             inputs: What the original takes, ``(N, C, H, W)`` for an image model.
+            keywords: Those that it was compiled to take by keyword.
 
         Returns:
             One output per stage, each of the original's structure.
         """
-        return tuple(self.exits(*inputs))
+        return tuple(self.exits(*inputs, **keywords))
 
-    def exits(self, *inputs: Any) -> Iterator[Any]:
+    def exits(self, *inputs: Any, **keywords: Any) -> Iterator[Any]:
         """Run stage by stage: a stage runs when its output is asked for.
 
         Stop iterating, and the later stages never run. Features that no later stage reads are
@@ -123,7 +192,10 @@ class DynamicModel(nn.Module):
         Raises:
             InputShapeError: The inputs are not of the shape the network was compiled for.
         """
-        self._check_inputs(inputs)
+        yield from self.exits_of(self.parts.flat_inputs(inputs, keywords))
+
+    def exits_of(self, inputs: tuple[Any, ...]) -> Iterator[Any]:
+        """Like ``exits``, from the flat list of input tensors, without a check of their shapes."""
         features: dict[tuple[int, int], torch.Tensor] = {}
         for number, (stage, interface) in enumerate(
             zip(self.stages, self.parts.interfaces, strict=True)
@@ -137,7 +209,28 @@ class DynamicModel(nn.Module):
             features.update({(number, k): value for k, value in enumerate(handed)})
             needed = self._read_after(number)
             features = {k: value for k, value in features.items() if k in needed}
-            yield self._structured(leaves)
+            yield self.parts.structured(leaves)
+
+    def at_stage(self, stage: int) -> StagePrefix:
+        """One exit as a module of its own, to be used where the original was.
+
+        It runs the stages up to ``stage`` without the earlier ones' heads, shares this network's
+        parameters, and returns one output of the original's structure.
+
+        Args:
+            stage: The exit, counted from 1 as in plans.
+
+        Raises:
+            UsageError: There is no such stage.
+        """
+        from s2d_compiler.prefix import StagePrefix
+
+        if type(stage) is not int or not 1 <= stage <= len(self.stages):
+            raise UsageError(
+                f"at_stage: {stage!r} is no stage; the network has stages 1 to {len(self.stages)}."
+            )
+        stages = [s for s in self.stages if isinstance(s, fx.GraphModule)]
+        return StagePrefix(stages, self.parts, stage)
 
     def _read_after(self, number: int) -> set[tuple[int, int]]:
         """Features that stages after this one read."""
@@ -147,30 +240,6 @@ class DynamicModel(nn.Module):
             for where in interface.inputs
             if where[0] == "feature"
         }
-
-    def _structured(self, leaves: tuple[Any, ...]) -> Any:
-        spec = self.parts.output_spec
-        return leaves[0] if spec is None else pytree.tree_unflatten(list(leaves), spec)
-
-    def _check_inputs(self, inputs: tuple[Any, ...]) -> None:
-        tensors = [v for v in inputs if isinstance(v, torch.Tensor)]
-        expected = self.parts.input_shapes
-        if len(tensors) != len(expected):
-            raise InputShapeError(
-                f"the network takes {len(expected)} input(s), got {len(tensors)}."
-            )
-        for tensor, shape in zip(tensors, expected, strict=True):
-            if tuple(tensor.shape[1:]) != shape:
-                raise InputShapeError(
-                    f"input of shape {tuple(tensor.shape)}: the network was compiled for "
-                    f"(N, {', '.join(map(str, shape))}); resize the input, or compile again with "
-                    '"input_shape" in the plan.'
-                )
-        if self.parts.batch is not None and tensors and tensors[0].shape[0] != self.parts.batch:
-            raise InputShapeError(
-                f"batch of {tensors[0].shape[0]}: the original fixes its batch size, so this "
-                f"network takes batches of {self.parts.batch} only."
-            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``dyn.pt``: data without code; see ``s2d_compiler.format``.

@@ -81,7 +81,7 @@ class OutputError(S2DError):
 
 
 class UsageError(S2DError):
-    """A command's options contradict each other or what they are about.
+    """Options contradict each other or what they are about, such as a submodule that is none.
 
     ``s2d COMMAND --help`` lists what a command takes.
     """

@@ -7,6 +7,7 @@ One ``torch.save`` of plain containers and tensors, read with torch's weights-on
 - ``modules``: class, arguments and tensors of every module, once;
 - ``tensors``: every tensor once, with whether it is a parameter;
 - ``provenance``: where each came from; ``owners``: the stage of every atom;
+- ``input_spec``, ``output_spec``: the structure of inputs and outputs;
 - ``plan``, ``cost``, ``report``, ``interfaces``, ``made_by``...: plain data.
 """
 
@@ -16,12 +17,11 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from s2d_compiler._version import FILE_FORMAT
@@ -34,6 +34,7 @@ from s2d_compiler.output import atomic_write
 from s2d_compiler.plan import Plan
 from s2d_compiler.provenance import Slice
 from s2d_compiler.report import Report
+from s2d_compiler.structure import decode_structure, encode_structure, types_by_name
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ def to_data(dyn: DynamicModel) -> dict[str, Any]:
         "owners": torch.tensor(parts.owners, dtype=torch.int16),
         "input_shapes": [list(shape) for shape in parts.input_shapes],
         "batch": parts.batch,
-        "output_spec": None if parts.output_spec is None else _dump_spec(parts.output_spec),
+        "output_spec": None if parts.output_spec is None else encode_structure(parts.output_spec),
+        "input_spec": None if parts.input_spec is None else encode_structure(parts.input_spec),
         "provenance": _encode_provenance(parts.provenance),
         "stages": stages,
         "modules": tables.modules,
@@ -148,16 +150,6 @@ def _lies_in_module(stage: nn.Module, target: str) -> bool:
     return not is_container(container) and container is not stage
 
 
-def _dump_spec(spec: Any) -> str:
-    try:
-        return pytree.treespec_dumps(spec)
-    except NotImplementedError as error:
-        raise FormatError(
-            f"the network returns a structure that a dyn.pt cannot describe: {error}. "
-            "Return a tensor, or tuples, lists and dicts of tensors."
-        ) from error
-
-
 def _encode_provenance(provenance: Mapping[str, Slice]) -> dict[str, Any]:
     indices: dict[tuple[int, ...], int] = {}
     rows = {
@@ -173,20 +165,67 @@ def _encode_provenance(provenance: Mapping[str, Slice]) -> dict[str, Any]:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> DynamicModel:
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What a file may use beside what needs no permission.
+
+    Attributes:
+        operators: Operators as ``namespace::operator``; None to look at a file without running
+            it.
+        types: Classes by name; None likewise.
+    """
+
+    operators: Collection[str] | None = ()
+    types: Mapping[str, type] | None = field(default_factory=dict)
+
+
+def load(
+    path: str | os.PathLike[str],
+    map_location: str | torch.device = "cpu",
+    *,
+    operators: Collection[str] = (),
+    types: Collection[type] = (),
+) -> DynamicModel:
     """Read a staged network that ``DynamicModel.save`` wrote. No code in the file is run.
 
     Args:
         path: The file.
         map_location: Device for the tensors.
+        operators: Operators that the file may use besides aten's and torchvision's, such as
+            ``["mylib::myop"]``. Import what defines them first. Running the network runs them.
+        types: Classes of its inputs and outputs besides tuples, lists, dicts and their kin.
+            Named tuples that are not given come back as new ones of the same name and fields.
 
     Raises:
-        FormatError: The file is damaged, newer, or something else.
+        FormatError: The file is damaged, newer, something else, or uses what is not allowed.
     """
+    if isinstance(operators, str) or not all(_is_operator_name(name) for name in operators):
+        raise FormatError(
+            f"operators: {operators!r} is no list of operators; write namespace::operator, such "
+            'as ["mylib::myop"].'
+        )
+    allowed = Allowed(frozenset(operators), types_by_name(types))
+    return from_data(_read(path, map_location), os.fspath(path), allowed)
+
+
+def load_to_show(path: str | os.PathLike[str]) -> DynamicModel:
+    """Read a staged network to look at it; what ``load`` would want allowed cannot be run."""
+    return from_data(_read(path, "cpu"), os.fspath(path), Allowed(None, None))
+
+
+def _is_operator_name(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and all(p.isidentifier() for p in f"{name}".split("::", 1))
+        and ("::" in name)
+    )
+
+
+def _read(path: str | os.PathLike[str], map_location: str | torch.device) -> Any:
     name = os.fspath(path)
     try:
         _check_whole(name)
-        data = torch.load(name, map_location=map_location, weights_only=True)
+        return torch.load(name, map_location=map_location, weights_only=True)
     except IsADirectoryError as error:
         raise FormatError(f"{name} is a directory; name the dyn.pt file inside it.") from error
     except FileNotFoundError as error:
@@ -211,7 +250,6 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
             f"{name} is not a dyn.pt, or is damaged: torch's weights-only loader refuses it. "
             f"If it is a model, compile it with s2d-compile {name} --splits PLAN -o OUTPUT."
         ) from error
-    return from_data(data, name)
 
 
 def _check_whole(name: str) -> None:
@@ -225,7 +263,7 @@ def _check_whole(name: str) -> None:
             raise zipfile.BadZipFile(f"{member} is damaged")
 
 
-def from_data(data: Any, name: str) -> DynamicModel:
+def from_data(data: Any, name: str, allowed: Allowed | None = None) -> DynamicModel:
     """The staged network that ``to_data`` described.
 
     Raises:
@@ -242,7 +280,7 @@ def from_data(data: Any, name: str) -> DynamicModel:
             "upgrade s2d-compiler."
         )
     try:
-        return _network(data)
+        return _network(data, allowed or Allowed())
     except S2DError as error:
         raise FormatError(f"{name}: {error}") from error
     except (
@@ -266,13 +304,17 @@ def _sentence(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__).rstrip(".")[:200]
 
 
-def _network(data: Mapping[str, Any]) -> DynamicModel:
+def _network(data: Mapping[str, Any], allowed: Allowed) -> DynamicModel:
     tensors = [_tensor(row) for row in data["tensors"]]
     modules = [_module(row, tensors, f"module {i}") for i, row in enumerate(data["modules"])]
     stages = [
-        _stage(row, modules, tensors, number) for number, row in enumerate(data["stages"], start=1)
+        _stage(row, modules, tensors, number, allowed)
+        for number, row in enumerate(data["stages"], start=1)
     ]
-    spec = data["output_spec"]
+    specs = {
+        key: None if data[key] is None else decode_structure(data[key], allowed.types)
+        for key in ("output_spec", "input_spec")
+    }
     parts = DynamicParts(
         plan=Plan.from_dict(data["plan"]),
         cost=Cost.from_dict(data["cost"]),
@@ -285,8 +327,8 @@ def _network(data: Mapping[str, Any]) -> DynamicModel:
         owners=tuple(data["owners"].tolist()),
         input_shapes=tuple(tuple(int(n) for n in shape) for shape in data["input_shapes"]),
         batch=None if data["batch"] is None else int(data["batch"]),
-        output_spec=None if spec is None else pytree.treespec_loads(spec),
         made_by=dict(data["made_by"]),
+        **specs,
     )
     if not len(stages) == len(parts.interfaces) == parts.plan.stages:
         raise FormatError(
@@ -317,8 +359,21 @@ def _check_interface(stage: fx.GraphModule, parts: DynamicParts, number: int) ->
             raise FormatError(f"{place}: it takes {where!r}, which no earlier stage hands on.")
     output = nodes[-1].args[0] if nodes and nodes[-1].op == "output" else None
     leaves = 1 if parts.output_spec is None else parts.output_spec.num_leaves
+    if not _takes_all_inputs(parts):
+        raise FormatError("the structure of its inputs is not that of a call; damaged.")
     if not isinstance(output, tuple) or [len(o) for o in output] != [leaves, interface.features]:
         raise FormatError(f"{place}: its outputs are not those of the network; damaged.")
+
+
+def _takes_all_inputs(parts: DynamicParts) -> bool:
+    """Whether the structure of the inputs is that of a call with all of them."""
+    spec = parts.input_spec
+    return spec is None or (
+        spec.type is tuple
+        and [child.type for child in spec._children] == [tuple, dict]
+        and spec.num_leaves == len(parts.input_shapes)
+        and all(isinstance(name, str) for name in spec._children[1]._context)
+    )
 
 
 def _tensor(row: Mapping[str, Any]) -> torch.Tensor:
@@ -331,7 +386,9 @@ def _tensor(row: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _module(row: Mapping[str, Any], tensors: list[torch.Tensor], place: str) -> nn.Module:
-    module = decode_module({k: row[k] for k in ("class", "arguments")}, place)
+    held = {str(key): tensors[where["tensor"]] for key, where in row["tensors"].items()}
+    unsaved = frozenset(str(key) for key, where in row["tensors"].items() if not where["saved"])
+    module = decode_module({k: row[k] for k in ("class", "arguments")}, place, held, unsaved)
     wanted = {
         k for k, v in [*module._parameters.items(), *module._buffers.items()] if v is not None
     }
@@ -362,10 +419,14 @@ def _module(row: Mapping[str, Any], tensors: list[torch.Tensor], place: str) -> 
 
 
 def _stage(
-    row: Mapping[str, Any], modules: list[nn.Module], tensors: list[torch.Tensor], number: int
+    row: Mapping[str, Any],
+    modules: list[nn.Module],
+    tensors: list[torch.Tensor],
+    number: int,
+    allowed: Allowed,
 ) -> fx.GraphModule:
     place = f"stage {number}"
-    graph = decode_graph(row["graph"], place)
+    graph = decode_graph(row["graph"], place, allowed.operators)
     root = nn.Module()
     for target, index in row["modules"].items():
         _assign(root, target, modules[index], True, place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from s2d_compiler.program import Program, operator_name, path_of
 from s2d_compiler.report import CoupledUse
 from s2d_compiler.rules.layers import is_cut_between, is_layer
 from s2d_compiler.search_space import ResolutionGroup, SearchSpace, SpaceLayer
+from s2d_compiler.submodules import part_of
 from s2d_compiler.tracing import capture
 
 
@@ -32,6 +33,9 @@ def inspect_model(
     input_shape: Sequence[int] | None = None,
     stages: int = 3,
     groups: int = 8,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    submodule: str | None = None,
 ) -> SearchSpace:
     """Find out what a plan may choose for a model; the model is left untouched.
 
@@ -41,13 +45,19 @@ def inspect_model(
         input_shape: Shape of one input without the batch, used when there are no examples.
         stages: How many stages the plans are to have.
         groups: In how many groups they count channels.
+        example_kwargs: Keyword inputs, likewise.
+        submodule: Path of the part to look at, such as ``"backbone"``.
 
     Raises:
         PlanError: Fewer groups than stages, or counts out of range.
+        UsageError: There is no such submodule.
         InputShapeError, CaptureError: The model cannot be captured.
     """
     check_counts(stages, groups, "")
-    program = model if isinstance(model, Program) else capture(model, example_inputs, input_shape)
+    program = model
+    if not isinstance(program, Program):
+        part = part_of(program, submodule)
+        program = capture(part, example_inputs, input_shape, example_kwargs)
     channels = analyse_channels(program)
     layers = _layers(program, channels, stages)
     space = SearchSpace(

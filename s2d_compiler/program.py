@@ -73,6 +73,8 @@ class Program:
         dropped: What capture left out.
         output_spec: pytree of the original's output; None for a single tensor.
         notes: Sentences about capture that the user should read.
+        input_spec: pytree of ``(positional, keyword)`` inputs; None where all are positional
+            tensors.
     """
 
     graph_module: fx.GraphModule
@@ -83,6 +85,7 @@ class Program:
     dropped: Dropped = field(default_factory=Dropped)
     output_spec: Any = None
     notes: tuple[str, ...] = ()
+    input_spec: Any = None
 
     @property
     def nodes(self) -> Iterator[fx.Node]:

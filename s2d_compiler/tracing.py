@@ -10,7 +10,8 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
-from s2d_compiler.attributes import find, put
+from s2d_compiler.attributes import find, put, read
 from s2d_compiler.canonicalize import canonicalize
 from s2d_compiler.errors import CaptureError, InputShapeError
 from s2d_compiler.functionalize import functionalize, pieces_to_slices
 from s2d_compiler.program import Dropped, Program, safe_name
 from s2d_compiler.raising import Raiser
+from s2d_compiler.regions import inline_regions
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +41,18 @@ def capture(
     model: nn.Module,
     example_inputs: Sequence[Any] | None = None,
     input_shape: Sequence[int] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
 ) -> Program:
     """Capture ``model`` in evaluation mode, with a free batch size where it allows one.
 
     Args:
         model: Any module that ``torch.export`` can capture. Its weights, training flags and
             attributes are left as they are.
-        example_inputs: Positional inputs with a batch in dimension 0.
+        example_inputs: Positional inputs: tensors with a batch in dimension 0, or tuples, lists
+            and dicts of them.
         input_shape: Shape of one input without the batch, used when there are no examples.
             Without both: the first convolution's channels at 224 (by 224 for images).
+        example_kwargs: Keyword inputs, likewise.
 
     Raises:
         InputShapeError: The model does not run on inputs of this shape.
@@ -63,10 +68,11 @@ def capture(
             "pass the Python model that it was scripted from."
         )
     notes: list[str] = []
-    inputs = _inputs(model, example_inputs, input_shape, notes)
+    given = _given(model, example_inputs, example_kwargs)
+    call = _default_call(model, input_shape, notes) if given is None else given.map(_rebatched)
     with _evaluation(model):
-        exported, batch = _export(model, inputs, _own_batches(example_inputs, inputs), notes)
-        return _program(model, exported, inputs, batch, notes)
+        exported, batch = _export(model, call, _own_batches(given, call), notes)
+        return _program(model, exported, call, batch, notes)
 
 
 # -- inputs -------------------------------------------------------------------------------------
@@ -94,18 +100,51 @@ def guess_input_shape(model: nn.Module) -> tuple[int, ...]:
     )
 
 
-def _inputs(
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a model is called with: tensors, or tuples, lists and dicts of them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors in the order of the captured program's inputs."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return tuple(v for v in leaves if isinstance(v, torch.Tensor))
+
+    @property
+    def structure(self) -> Any:
+        """The pytree of both, None where all inputs are positional tensors."""
+        if not self.kwargs and all(isinstance(v, torch.Tensor) for v in self.args):
+            return None
+        return pytree.tree_structure((self.args, self.kwargs))
+
+    def map(self, change: Callable[[Any], Any]) -> Call:
+        """The same call with every tensor changed."""
+        args, kwargs = pytree.tree_map(change, (self.args, self.kwargs))
+        return Call(args, kwargs)
+
+
+def _given(
     model: nn.Module,
     example_inputs: Sequence[Any] | None,
-    input_shape: Sequence[int] | None,
-    notes: list[str],
-) -> tuple[Any, ...]:
-    if example_inputs is not None:
-        if isinstance(example_inputs, torch.Tensor):
-            raise InputShapeError(
-                "example_inputs is a tensor; give a tuple of the model's positional inputs, (x,)."
-            )
-        return tuple(_rebatched(value) for value in example_inputs)
+    example_kwargs: Mapping[str, Any] | None,
+) -> Call | None:
+    """The example call, keywords in the order of the signature; None without examples."""
+    if isinstance(example_inputs, torch.Tensor):
+        raise InputShapeError(
+            "example_inputs is a tensor; give a tuple of the model's positional inputs, (x,)."
+        )
+    if example_inputs is None and not example_kwargs:
+        return None
+    kwargs = dict(example_kwargs or {})
+    names = list(inspect.signature(model.forward).parameters)
+    order = sorted(kwargs, key=lambda name: names.index(name) if name in names else len(names))
+    return Call(tuple(example_inputs or ()), {name: kwargs[name] for name in order})
+
+
+def _default_call(model: nn.Module, input_shape: Sequence[int] | None, notes: list[str]) -> Call:
     if input_shape is None:
         input_shape = guess_input_shape(model)
         shape = "x".join(map(str, input_shape))
@@ -113,28 +152,27 @@ def _inputs(
         log.warning("input shape not given: assuming %s", shape)
     like = _first_tensor(model)
     options: dict[str, Any] = {} if like is None else {"dtype": like.dtype, "device": like.device}
-    return (torch.zeros(EXAMPLE_BATCH, *input_shape, **options),)
+    return Call((torch.zeros(EXAMPLE_BATCH, *input_shape, **options),))
 
 
-def _own_batches(
-    example_inputs: Sequence[Any] | None, inputs: tuple[Any, ...]
-) -> list[tuple[Any, ...]]:
+def _own_batches(given: Call | None, call: Call) -> list[Call]:
     """Inputs for a model that fixes its batch size: the examples as they were given; without
     any, those of the capture, and a batch of one."""
-    if example_inputs is None:
-        return [inputs, tuple(value[:1] for value in inputs)]
-    if all(v.shape[0] for v in example_inputs if isinstance(v, torch.Tensor) and v.dim()):
-        return [tuple(example_inputs)]
-    return [inputs]
+    if given is None:
+        return [call, call.map(lambda value: value[:1])]
+    if all(v.shape[0] for v in given.tensors if v.dim()):
+        return [given]
+    return [call]
 
 
 def _rebatched(value: Any) -> Any:
     """An example with the batch size of the capture."""
     if not isinstance(value, torch.Tensor):
         raise InputShapeError(
-            f"an example input is a {type(value).__name__}; inputs must be tensors, since anything "
-            "else would be fixed at the example's value. Wrap the model in one whose forward takes "
-            "the tensors one by one and sets the rest."
+            f"an example input is a {type(value).__name__}; inputs must be tensors, or tuples, "
+            "lists and dicts of tensors, since anything else would be fixed at the example's "
+            "value. Leave it out where it has a default, or wrap the model in one whose forward "
+            "takes the tensors and sets the rest."
         )
     if value.dim() == 0:
         return value
@@ -159,13 +197,10 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def _export(
-    model: nn.Module,
-    inputs: tuple[Any, ...],
-    own_batches: list[tuple[Any, ...]],
-    notes: list[str],
+    model: nn.Module, call: Call, own_batches: list[Call], notes: list[str]
 ) -> tuple[torch.export.ExportedProgram, int | None]:
     try:
-        return _run_export(model, inputs, _free_batch(model, inputs)), None
+        return _run_export(model, call, _free_batch(model, call)), None
     except Exception as error:
         first = error
     given = next((each for each in own_batches if _failure(model, each) is None), own_batches[0])
@@ -178,7 +213,7 @@ def _export(
             f"{_where(second)}. Values of tensors must not decide what runs; remove that from "
             "the model's forward, or transform the part without it."
         ) from second
-    batch = next((int(v.shape[0]) for v in given if isinstance(v, torch.Tensor) and v.dim()), 1)
+    batch = next((int(v.shape[0]) for v in given.tensors if v.dim()), 1)
     log.debug("dynamic batch refused: %s", first)
     notes.append(
         f"the model fixes its batch size{_where(first)}: the result takes batches of {batch} only"
@@ -187,30 +222,30 @@ def _export(
     return fixed, batch
 
 
-def _free_batch(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _free_batch(model: nn.Module, call: Call) -> dict[str, Any]:
     """Which dimensions are free: dimension 0 of every tensor, in the form of the signature."""
-    marks = [
-        {0: torch.export.Dim.DYNAMIC} if isinstance(v, torch.Tensor) and v.dim() else None
-        for v in inputs
-    ]
-    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL not in kinds:
-        return tuple(marks)
-    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-    return (*marks[:named], tuple(marks[named:]))
+    bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs)
+    marks: dict[str, Any] = pytree.tree_map(
+        lambda v: (
+            {0: torch.export.Dim.DYNAMIC} if isinstance(v, torch.Tensor) and v.dim() else None
+        ),
+        dict(bound.arguments),
+    )
+    return marks
 
 
-def _copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _copies(call: Call) -> Call:
     """Copies, for a model that may write into its inputs."""
-    return tuple(v.detach().clone() if isinstance(v, torch.Tensor) else v for v in inputs)
+    return call.map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v)
 
 
-def _failure(model: nn.Module, inputs: tuple[Any, ...]) -> Exception | None:
+def _failure(model: nn.Module, call: Call) -> Exception | None:
     """What running the model raises, if anything. Its buffers are put back afterwards."""
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.no_grad():
-            model(*_copies(inputs))
+            copies = _copies(call)
+            model(*copies.args, **copies.kwargs)
     except Exception as error:
         return error
     finally:
@@ -220,13 +255,13 @@ def _failure(model: nn.Module, inputs: tuple[Any, ...]) -> Exception | None:
     return None
 
 
-def _run_export(
-    model: nn.Module, inputs: tuple[Any, ...], dynamic: Any
-) -> torch.export.ExportedProgram:
+def _run_export(model: nn.Module, call: Call, dynamic: Any) -> torch.export.ExportedProgram:
     quiet = contextlib.redirect_stderr(io.StringIO())  # where torch prints the graph so far
     with warnings.catch_warnings(), torch.no_grad(), _quiet_export(), quiet:
         warnings.simplefilter("ignore")
-        return torch.export.export(model, inputs, dynamic_shapes=dynamic, strict=False)
+        return torch.export.export(
+            model, call.args, call.kwargs, dynamic_shapes=dynamic, strict=False
+        )
 
 
 @contextlib.contextmanager
@@ -246,14 +281,12 @@ def _quiet_export() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _require_runs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _require_runs(model: nn.Module, call: Call) -> None:
     """Tell a wrong input shape from a model that cannot be captured."""
-    error = _failure(model, inputs)
+    error = _failure(model, call)
     if error is not None:
-        _require_rank(model, inputs)
-        shapes = ", ".join(
-            "x".join(map(str, v.shape[1:])) for v in inputs if isinstance(v, torch.Tensor)
-        )
+        _require_rank(model, call.tensors)
+        shapes = ", ".join("x".join(map(str, v.shape[1:])) for v in call.tensors)
         raise InputShapeError(
             f"{type(model).__name__} does not run on an input of shape {shapes}{_where(error)}: "
             f"{_first_line(error)}. Give the shape it was made for: example_inputs, "
@@ -261,17 +294,13 @@ def _require_runs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         ) from error
 
 
-def _require_rank(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _require_rank(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     """Say plainly when the number of dimensions cannot be right."""
     try:
         expected = guess_input_shape(model)
     except InputShapeError:
         return
-    if (
-        len(inputs) == 1
-        and isinstance(inputs[0], torch.Tensor)
-        and inputs[0].dim() != len(expected) + 1
-    ):
+    if len(inputs) == 1 and inputs[0].dim() != len(expected) + 1:
         given = "x".join(map(str, inputs[0].shape[1:]))
         raise InputShapeError(
             f"the input shape {given} has {inputs[0].dim() - 1} dimensions, but the model's first "
@@ -301,13 +330,13 @@ def _where(error: BaseException) -> str:
 def _program(
     model: nn.Module,
     exported: torch.export.ExportedProgram,
-    inputs: tuple[Any, ...],
+    call: Call,
     batch: int | None,
     notes: list[str],
 ) -> Program:
     lifted = _Lifted(model, exported)
     graph, written = functionalize(
-        exported.graph_module.graph, lifted.constants, lifted.add_constant
+        inline_regions(exported.graph_module), lifted.constants, lifted.add_constant
     )
     notes += written
     lifted.unlift(graph)
@@ -328,11 +357,12 @@ def _program(
         graph_module=graph_module,
         sources=lifted.sources,
         batch=batch,
-        input_shapes=tuple(tuple(v.shape[1:]) for v in inputs if isinstance(v, torch.Tensor)),
-        examples=tuple(v for v in inputs if isinstance(v, torch.Tensor)),
+        input_shapes=tuple(tuple(v.shape[1:]) for v in call.tensors),
+        examples=call.tensors,
         dropped=_dropped(model, graph_module, lifted.sources),
         output_spec=output_spec,
         notes=tuple(notes),
+        input_spec=call.structure,
     )
 
 
@@ -376,7 +406,8 @@ class _Lifted:
                 continue
             with graph.inserting_before(node):
                 created = graph.get_attr(self.attributes[node.name])
-            created.meta = dict(node.meta)
+            held = read(self.root, str(created.target))
+            created.meta = dict(node.meta) | {"parameter": isinstance(held, nn.Parameter)}
             node.replace_all_uses_with(created)
             graph.erase_node(node)
 

@@ -222,6 +222,22 @@ def test_inspect_writes_a_plan_that_compiles(s2d: Run, compile_: Run):
     assert compile_("model.pt", "--splits", "new.json", "-o", "dyn.pt")[0] == 0
 
 
+def test_a_submodule_is_inspected_and_compiled_alone(s2d: Run, compile_: Run):
+    torch.save(nn.ModuleDict({"backbone": build(), "head": nn.Linear(4, 2)}), "model.pt")
+    options = ("--submodule", "backbone", "--input-shape", "3x8x8")
+    out = s2d("inspect", "model.pt", *options, "--write-plan", "new.json")[1]
+    assert "--submodule backbone --splits new.json" in out
+    words = ("--splits", "new.json", "-o", "dyn.pt")
+    status, out, err = compile_("model.pt", "--submodule", "backbone", *words)
+    assert (status, err) == (0, "")
+    assert 'model.backbone = load("dyn.pt").at_stage(' in out
+    assert s2d_compiler.load("dyn.pt").parts.made_by["submodule"] == "backbone"
+    assert "submodule: backbone" in s2d("show", "dyn.pt")[1]
+    status, _, err = compile_("model.pt", "--submodule", "bakbone", *words)
+    assert status == 2
+    assert "did you mean backbone?" in err
+
+
 def test_inspect_does_not_lose_an_edited_plan(s2d: Run):
     words = ("inspect", "model.pt", "--input-shape", "3x8x8", "--write-plan", "spec.json")
     before = Path("spec.json").read_text()

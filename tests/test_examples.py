@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from examples import cifar_models, digits, table4
+from examples import cifar_models, detector_backbone, digits, table4
 from s2d_compiler import DynamicModel, Plan, load, transform
 
 EXAMPLES = Path(digits.__file__).parent
@@ -195,3 +195,22 @@ def test_example_plans_survive_a_round_trip(name: str) -> None:
     plan = Plan.from_dict(written)
     assert Plan.from_dict(plan.to_dict()) == plan
     assert plan.stages == written["stages"]
+
+
+# The detector
+
+
+def test_a_detector_trains_with_every_exit_of_its_backbone(
+    render: Callable[[object], str],
+) -> None:
+    torch.manual_seed(0)
+    detector = detector_backbone.build()
+    original = detector.get_submodule("backbone")
+    backbone = detector_backbone.compile_backbone(detector)
+    losses = detector_backbone.train_step(detector, backbone)
+    assert detector.get_submodule("backbone") is original
+    assert all(parameter.grad is None for parameter in original.parameters())
+    trained = {name for name, p in backbone.named_parameters() if p.grad is not None}
+    assert {name.split(".")[1] for name in trained} == {"0", "1", "2"}
+    text = render(detector_backbone.report(backbone, losses))
+    assert all(f"{loss:.3f}" in text for loss in losses)
