@@ -13,20 +13,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tests.reference import (
     NOBODY,
     VERSION_OWNER,
     VERSIONED,
+    WEIGHT,
     Assignment,
     DynamicLike,
     Layer,
     Structure,
+    bound,
+    computed_sources,
+    evaluate_with,
+    kind_of,
+    name_of,
     parameters_and_buffers,
-    positions,
     read_assignment,
     stage_of_key,
+    weights_of,
 )
 
 if TYPE_CHECKING:
@@ -114,7 +120,7 @@ def _l1(structure: Structure, atom: frozenset[int]) -> float:
     for layer in structure.layers.values():
         rows = [row - layer.rows[0] for row in atom if layer.rows[0] <= row <= layer.rows[-1]]
         if rows:
-            total += float(layer.module.weight.detach()[sorted(rows)].double().abs().sum())
+            total += float(layer.weight[sorted(rows)].double().abs().sum())
     return total
 
 
@@ -132,7 +138,7 @@ def empty_stages(structure: Structure, plan: Plan) -> list[int]:
 
 def alive(structure: Structure, plan: Plan, layer: Layer, owner: Tensor, stage: int) -> Tensor:
     """Which weights (rows, columns) of a layer that is no head stage ``stage`` stores."""
-    shape = layer.module.weight.shape
+    shape = layer.weight.shape
     tall = shape[0] // layer.groups
     mine = owner[layer.rows] == stage
     mask = torch.zeros(shape[:2], dtype=torch.bool)
@@ -174,7 +180,74 @@ def planned_assignment(
         ]
         for path, layer in structure.layers.items()
     }
-    return Assignment(thin, masks, heads, owner)
+    present = [_present(structure, masks, stage) for stage in range(1, thin + 1)]
+    return Assignment(thin, masks, heads, owner, present)
+
+
+def _present(structure: Structure, masks: dict[str, list[Tensor]], stage: int) -> dict[str, Tensor]:
+    """Elements of the parameters of computed weights that a stage's alive weights are made of."""
+    tensors = parameters_and_buffers(structure.model)
+    names = computed_sources(structure)
+    found = {n: torch.zeros(tensors[n].shape, dtype=torch.bool) for n in names}
+    for path, layer in structure.layers.items():
+        mask = masks[path][stage - 1]
+        kernel = mask.view(*mask.shape, *[1] * (layer.weight.dim() - 2)).expand(layer.weight.shape)
+        for node in layer.nodes:
+            weight, *biases = weights_of(node)
+            if structure.is_computed(weight):
+                _made_of(structure, weight, layer.oriented(kernel), found)
+            for bias in biases:
+                if structure.is_computed(bias):
+                    _made_of(structure, bias, mask.any(1), found)
+    for tensor in found.values():
+        if not bool(tensor.any()):  # it enters by its statistics alone
+            tensor.fill_(True)
+    return found
+
+
+def _made_of(structure: Structure, node: fx.Node, wanted: Tensor, found: dict[str, Tensor]) -> None:
+    """Follow wanted elements back to parameters, but for what is a statistic of many."""
+    if structure.origin[node] != WEIGHT:
+        return
+    if node.op == "placeholder":
+        found[structure.name_of_input[node]] |= wanted
+        return
+    kind, name = kind_of(node), name_of(node)
+    if kind == "elementwise":
+        for source in node.all_input_nodes:
+            _made_of(structure, source, _narrowed(structure, source, wanted), found)
+    elif name == "getitem":
+        _made_of(structure, node.args[0], wanted, found)  # type: ignore[arg-type]
+    elif kind == "moving":
+        source = node.all_input_nodes[0]
+        value = structure.constants[source]
+        numbers = torch.arange(value.numel()).view(value.shape)
+        values = fx.map_arg((node.args, dict(node.kwargs)), lambda n: structure.constants[n])
+        args, kwargs = values
+        moved = evaluate_with(node, (numbers, *args[1:]), kwargs)
+        back = torch.zeros(value.numel(), dtype=torch.bool)
+        back[moved[wanted]] = True
+        _made_of(structure, source, back.view(value.shape), found)
+    elif kind == "norm" or name == "_weight_norm_interface":
+        _made_of(structure, node.args[0], wanted, found)  # type: ignore[arg-type]
+        if kind == "norm":
+            wanted = wanted.movedim(1, 0).flatten(1).any(1)
+        for key in ("weight", "bias", "g"):
+            source = bound(node).get(key)
+            if isinstance(source, fx.Node):
+                _made_of(structure, source, _narrowed(structure, source, wanted), found)
+
+
+def _narrowed(structure: Structure, source: fx.Node, wanted: Tensor) -> Tensor:
+    """Undo broadcasting: an element is wanted where any of its copies is."""
+    shape = structure.constants[source].shape
+    extra = wanted.dim() - len(shape)
+    for _ in range(extra):
+        wanted = wanted.any(0)
+    for d, size in enumerate(shape):
+        if size == 1:
+            wanted = wanted.any(d, keepdim=True)
+    return wanted
 
 
 def has_free_cut(structure: Structure, family: Family) -> bool:
@@ -254,11 +327,15 @@ def _partition(structure: Structure, dyn: DynamicLike, assignment: Assignment) -
         if shared in seen or source.dim() == 0:
             continue
         seen.add(shared)
-        two = entry.index[:2]
-        count = counts.setdefault(id(source), torch.zeros(source.shape[:2], dtype=torch.int8))
+        count = counts.setdefault(id(source), torch.zeros(source.shape, dtype=torch.int8))
         names[id(source)] = entry.source
-        grid = [torch.tensor(positions(i, n)) for i, n in zip(two, source.shape, strict=False)]
-        count[torch.meshgrid(*grid, indexing="ij")] += 1
+        block = torch.ones([1] * source.dim(), dtype=torch.int8)
+        for d, index in enumerate(entry.index):
+            if index is not None:
+                line = torch.zeros(source.shape[d], dtype=torch.int8)
+                line.index_add_(0, torch.tensor(index), torch.ones(len(index), dtype=torch.int8))
+                block = block * line.view([-1 if e == d else 1 for e in range(source.dim())])
+        count += block
     for identity, count in counts.items():
         if bool((count > 1).any()):
             yield f"{names[identity]}: {int((count > 1).sum())} elements are stored twice"
