@@ -123,7 +123,7 @@ def _dynamic_model(
     parts = DynamicParts(
         plan=plan,
         cost=cost_of(program, graphs),
-        report=report_of(assignment, graphs[0] if plan.stages > 1 else None),
+        report=report_of(assignment, graphs),
         provenance={},
         interfaces=interfaces,
         owners=tuple(assignment.owners.tolist()),

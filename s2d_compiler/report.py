@@ -12,7 +12,6 @@ import numpy as np
 from torch import fx
 
 from s2d_compiler.analysis.assignment import StageAssignment
-from s2d_compiler.analysis.channels import UnknownUse
 from s2d_compiler.analysis.cost import static_macs
 from s2d_compiler.program import Dropped, operator_name, path_of
 from s2d_compiler.rules.layers import is_layer
@@ -50,13 +49,92 @@ class CoupledUse:
 
 
 @dataclass(frozen=True, slots=True)
+class FallbackUse:
+    """A use of an operator without a rule: every stage runs it at full size.
+
+    Attributes:
+        node: Its name in the program.
+        operator: Operator or module class.
+        path: Module path in the original.
+        reason: Why there is no rule for it.
+        macs: MACs per sample of one run at full size.
+        runs: How many stages run it.
+        extra_macs: MACs per sample of all runs beyond the one of the original.
+    """
+
+    node: str
+    operator: str
+    path: str
+    reason: str
+    macs: int
+    runs: int
+    extra_macs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """The same fallback in one or more places, such as the blocks of a network.
+
+    Attributes:
+        operator: Operator or module class.
+        path: Module path, numbers that differ replaced by ``*``.
+        reason: Why there is no rule for it.
+        uses: The places.
+    """
+
+    operator: str
+    path: str
+    reason: str
+    uses: tuple[FallbackUse, ...]
+
+    @property
+    def extra_macs(self) -> int:
+        """MACs per sample of all runs in all places beyond those of the original."""
+        return sum(use.extra_macs for use in self.uses)
+
+    @property
+    def macs(self) -> int:
+        """MACs per sample of one run in all places."""
+        return sum(use.macs for use in self.uses)
+
+    def text(self, original_macs: int) -> str:
+        """One line, with the share of the original's MACs."""
+        places = f" ({len(self.uses)} places)" if len(self.uses) > 1 else ""
+        cost = f"no MACs, run {max(use.runs for use in self.uses)} times"
+        if self.macs:
+            share = f" ({self.extra_macs / original_macs:.1%} of it)" if original_macs else ""
+            cost = (
+                f"{self.macs:,} MACs a run, {self.extra_macs:,} more than the original over all "
+                f"stages{share}"
+            )
+        return f"{self.operator} {_inside(self.path)}{places}: {self.reason}; {cost}"
+
+
+#: Title of the list of fallbacks.
+FALLBACKS = "without a rule, run once per stage at full size, costliest first (docs/operators.md)"
+
+
+def grouped(uses: Sequence[FallbackUse]) -> tuple[Fallback, ...]:
+    """Uses of one operator that differ in the numbers of their paths alone, costliest first."""
+    groups: dict[tuple[str, str, str], list[FallbackUse]] = {}
+    for use in uses:
+        key = (use.operator, re.sub(r"\d+", "*", use.path), use.reason)
+        groups.setdefault(key, []).append(use)
+    found = [
+        Fallback(operator, path if len(same) > 1 else same[0].path, reason, tuple(same))
+        for (operator, path, reason), same in groups.items()
+    ]
+    return tuple(sorted(found, key=lambda g: (-g.extra_macs, -g.macs, -len(g.uses))))
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What the compiler did to a model; prints as text.
 
     Attributes:
         layers: Every weighted layer and matrix product, in program order.
         coupled: Coupled operators.
-        unknown: Operators without a rule, the costliest first.
+        unknown: Uses of operators without a rule, the costliest first.
         dropped: What evaluation-mode capture left out.
         notes: Sentences about the capture.
         cut_share: Share of the original's MACs in cut layers, prediction layers included.
@@ -67,7 +145,7 @@ class Report:
 
     layers: tuple[LayerReport, ...]
     coupled: tuple[CoupledUse, ...]
-    unknown: tuple[UnknownUse, ...]
+    unknown: tuple[FallbackUse, ...]
     dropped: Dropped
     notes: tuple[str, ...]
     cut_share: float
@@ -79,6 +157,11 @@ class Report:
     def whole(self) -> tuple[LayerReport, ...]:
         """Layers that were not cut, the costliest first."""
         return tuple(sorted((r for r in self.layers if r.status == "whole"), key=lambda r: -r.macs))
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """Operators without a rule, grouped by place, the costliest first."""
+        return grouped(self.unknown)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON and ``dyn.pt``."""
@@ -93,7 +176,7 @@ class Report:
                 LayerReport(**{**r, "channels": tuple(r["channels"])}) for r in data["layers"]
             ),
             coupled=tuple(CoupledUse(**r) for r in data["coupled"]),
-            unknown=tuple(UnknownUse(**r) for r in data["unknown"]),
+            unknown=tuple(FallbackUse(**r) for r in data["unknown"]),
             dropped=Dropped(tuple(data["dropped"]["modules"]), tuple(data["dropped"]["unused"])),
             notes=tuple(data["notes"]),
             cut_share=float(data["cut_share"]),
@@ -122,14 +205,7 @@ class Report:
             "coupled, run once per stage",
             [f"{c.operator} {_inside(c.path)}" for c in self.coupled],
         )
-        section(
-            text,
-            "without a rule, run once per stage at full size",
-            [
-                f"{u.operator} {_inside(u.path)}: {u.reason} ({u.macs:,} MACs a run)"
-                for u in self.unknown
-            ],
-        )
+        section(text, FALLBACKS, [group.text(self.original_macs) for group in self.fallbacks])
         section(
             text,
             "not in the graph (evaluation mode drops it)",
@@ -170,7 +246,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def report_of(assignment: StageAssignment, first_stage: fx.GraphModule | None = None) -> Report:
+def report_of(assignment: StageAssignment, stages: Sequence[fx.GraphModule] = ()) -> Report:
     """What the plan does to every layer of the program."""
     program, channels = assignment.program, assignment.channels
     rows: list[LayerReport] = []
@@ -198,14 +274,42 @@ def report_of(assignment: StageAssignment, first_stage: fx.GraphModule | None = 
             CoupledUse(n, operator_name(program.by_name[n]), path_of(program.by_name[n]))
             for n in channels.coupled
         ),
-        unknown=tuple(sorted(channels.unknown, key=lambda u: -u.macs)),
+        unknown=_fallback_uses(assignment, stages),
         dropped=program.dropped,
         notes=program.notes,
         cut_share=cut / total if total else 1.0,
         nodes=len(program.by_name),
-        stage_one=() if first_stage is None else stage_one_costs(assignment, first_stage, total),
+        stage_one=stage_one_costs(assignment, stages[0], total) if len(stages) > 1 else (),
         original_macs=total,
     )
+
+
+def _fallback_uses(
+    assignment: StageAssignment, stages: Sequence[fx.GraphModule]
+) -> tuple[FallbackUse, ...]:
+    """What operators without a rule cost in the stages that run them, the costliest first."""
+    program = assignment.program
+    runs: dict[str, list[int]] = {}
+    for stage in stages:
+        here: dict[str, int] = {}
+        for node in stage.graph.nodes:
+            origin = program.by_name.get(str(node.meta.get("origin", "")))
+            if origin is None or origin.op != node.op:
+                continue
+            if node.op == "call_module" or node.target is origin.target:
+                macs = int(node.meta.get("macs", 0))
+                here[origin.name] = here.get(origin.name, 0) + macs
+        for name, macs in here.items():
+            runs.setdefault(name, []).append(macs)
+    uses = [
+        FallbackUse(
+            *(u.node, u.operator, u.path, u.reason, u.macs),
+            runs=len(runs.get(u.node, ())),
+            extra_macs=max(0, sum(runs.get(u.node, ())) - u.macs),
+        )
+        for u in assignment.channels.unknown
+    ]
+    return tuple(sorted(uses, key=lambda u: (-u.extra_macs, -u.macs)))
 
 
 def _status(assignment: StageAssignment, node: str, name: str) -> tuple[str, str, tuple[int, ...]]:

@@ -27,7 +27,7 @@ from s2d_compiler.analysis.channels import (
 from s2d_compiler.plan import Concat, Pair, Plan, Setting, Split
 from s2d_compiler.plan_rules import fail, is_list, show
 from s2d_compiler.program import Dropped
-from s2d_compiler.report import CoupledUse, section
+from s2d_compiler.report import FALLBACKS, CoupledUse, FallbackUse, grouped, section
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -336,13 +336,13 @@ class SearchSpace:
         heads = ", ".join(layer.name for layer in self.predictions)
         text.write(f"exit heads from: {heads or 'none (the output is the features)'}\n")
         whole = [f"{row.name}: {row.reason} ({row.macs:,} MACs)" for row in self.whole]
-        unknown = [
-            f"{use.operator} in {use.path!r}: {use.reason} ({use.macs:,} MACs a run)"
-            for use in self.unknown
+        more = self.stages - 1
+        uses = [
+            FallbackUse(**asdict(u), runs=more + 1, extra_macs=more * u.macs) for u in self.unknown
         ]
         coupled = [f"{use.operator} in {use.path!r}" for use in self.coupled]
         section(text, "whole in every plan", whole)
-        section(text, "without a rule, run once per stage at full size", unknown)
+        section(text, FALLBACKS, [group.text(self.macs) for group in grouped(uses)])
         section(text, "coupled, run once per stage", coupled)
         gone = [*self.dropped.modules, *self.dropped.unused]
         section(text, "not in the graph (evaluation mode drops it)", gone)
