@@ -207,7 +207,8 @@ def compile_model(
     dyn, proof = _compile(program, plan, made_by, between, None if no_check else seed)
     dyn.save(output)
     document = {"output": str(output), **_document(dyn), "proof": _proof_document(proof)}
-    rest = f"{dyn.report}\n{_proof_line(proof)}\n\nwritten: {output}\n{_next(dyn, output)}"
+    written = f"written: {output}{_permissions(dyn)}"
+    rest = f"{dyn.report}\n{_proof_line(proof)}\n\n{written}\n{_next(dyn, output)}"
     return Result(document, [dyn.cost.table(), rest])
 
 
@@ -284,6 +285,16 @@ def _proof_line(proof: Proof | None) -> str:
     if proof.is_vacuous:
         return "checked in float64, inconclusive: the outputs hardly depend on the input"
     return f"checked in float64: {proof}"
+
+
+def _permissions(dyn: DynamicModel) -> str:
+    """What reading the file takes beyond its name, if anything."""
+    from s2d_compiler.format import permissions
+
+    operators, types = permissions(dyn)
+    needed = [f"operators={json.dumps(operators)}"] if operators else []
+    needed += [f"types=[{', '.join(types)}]"] if types else []
+    return f" (read it with load(path, {', '.join(needed)}))" if needed else ""
 
 
 def _next(dyn: DynamicModel, output: Path) -> str:

@@ -29,12 +29,23 @@ from s2d_compiler.analysis.cost import Cost
 from s2d_compiler.attributes import find, graph_module, is_container, is_saved, is_taken, put, read
 from s2d_compiler.dynamic import DynamicModel, DynamicParts, Interface
 from s2d_compiler.errors import FormatError, S2DError
-from s2d_compiler.graph_codec import decode_graph, decode_module, encode_graph, encode_module
+from s2d_compiler.graph_codec import (
+    OWN_NAMESPACES,
+    decode_graph,
+    decode_module,
+    encode_graph,
+    encode_module,
+)
 from s2d_compiler.output import atomic_write
 from s2d_compiler.plan import Plan
 from s2d_compiler.provenance import Slice
 from s2d_compiler.report import Report
-from s2d_compiler.structure import decode_structure, encode_structure, types_by_name
+from s2d_compiler.structure import (
+    decode_structure,
+    encode_structure,
+    foreign_types,
+    types_by_name,
+)
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +64,21 @@ def save(dyn: DynamicModel, path: str | os.PathLike[str]) -> None:
     """
     data = to_data(dyn)
     atomic_write(path, lambda stream: torch.save(data, stream))
+
+
+def permissions(dyn: DynamicModel) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What ``load`` must be allowed for a network: ``operators``, and names of ``types``."""
+    operators = {
+        f"{node.target.namespace}::{node.target._opname}"
+        for stage in dyn.stages
+        if isinstance(stage, fx.GraphModule)
+        for node in stage.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        and node.target.namespace not in OWN_NAMESPACES
+    }
+    specs = [spec for spec in (dyn.parts.output_spec, dyn.parts.input_spec) if spec is not None]
+    types = {name for spec in specs for name in foreign_types(encode_structure(spec))}
+    return tuple(sorted(operators)), tuple(sorted(types))
 
 
 def to_data(dyn: DynamicModel) -> dict[str, Any]:

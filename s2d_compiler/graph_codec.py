@@ -72,7 +72,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 _FUNCTION_NAMES = {v: k for k, v in _FUNCTIONS.items()}
 #: Where operators that need no permission are defined.
-_NAMESPACES = ("aten", "torchvision")
+OWN_NAMESPACES = ("aten", "torchvision")
 #: Operators that read files or memory of their own choosing.
 _FORBIDDEN = (
     *("from_file", "save", "set_", "record_stream", "resize", "data_ptr", "as_strided"),
@@ -134,10 +134,10 @@ def operator_from_name(name: str, place: str, allowed: Collection[str] | None = 
     if len(parts) != 3 or not all(p.isidentifier() and p.isascii() for p in parts):
         raise FormatError(f"{place}: {name[:60]!r} is not the name of an operator.")
     namespace, operator_name, overload = parts
-    if namespace not in _NAMESPACES and allowed is None:
+    if namespace not in OWN_NAMESPACES and allowed is None:
         return _stand_in(name)
     listed = f"{namespace}::{operator_name}"
-    if namespace not in _NAMESPACES and listed not in (allowed or ()):
+    if namespace not in OWN_NAMESPACES and listed not in (allowed or ()):
         raise FormatError(
             f"{place}: {name!r} is not an operator of aten or torchvision, and a file may not "
             "choose what else is run; if you trust that operator, import what defines it and "
@@ -147,7 +147,7 @@ def operator_from_name(name: str, place: str, allowed: Collection[str] | None = 
     target = getattr(packet, overload, None) if packet is not None else None
     if not isinstance(target, torch._ops.OpOverload):
         where = f"in torch {torch.__version__}"
-        if namespace not in _NAMESPACES:
+        if namespace not in OWN_NAMESPACES:
             where = "in this process; import the module that defines it first"
         raise FormatError(f"{place}: operator {name!r} does not exist {where}.")
     if target._schema.is_mutable or any(operator_name.startswith(f) for f in _FORBIDDEN):

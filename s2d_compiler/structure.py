@@ -134,6 +134,14 @@ def _named_tuple(name: Any, fields: Any, count: int) -> Any:
     return namedtuple(short, fields)
 
 
+def foreign_types(row: Any) -> set[str]:
+    """Names of the classes in an encoded structure that its reader has to hand in."""
+    if row is None:
+        return set()
+    own = {row["class"]} if row["kind"] == "class" and row["class"] not in _TORCH else set()
+    return own.union(*(foreign_types(child) for child in row["children"]))
+
+
 def types_by_name(types: Collection[type]) -> dict[str, type]:
     """Classes by the names that files use.
 

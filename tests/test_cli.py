@@ -222,6 +222,59 @@ def test_inspect_writes_a_plan_that_compiles(s2d: Run, compile_: Run):
     assert compile_("model.pt", "--splits", "new.json", "-o", "dyn.pt")[0] == 0
 
 
+OWN_CODE = """
+import torch
+from dataclasses import dataclass
+from torch import nn
+from torch.utils import _pytree as pytree
+
+
+@torch.library.custom_op("clitest::half", mutates_args=(), tags=(torch.Tag.pointwise,))
+def half(x: torch.Tensor) -> torch.Tensor:
+    return x / 2
+
+
+half.register_fake(torch.empty_like)
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+
+
+pytree.register_dataclass(Answer)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return Answer(self.fc(half(self.conv(x)).mean((2, 3))))
+"""
+
+
+def test_a_file_with_operators_and_classes_of_ones_own_says_how_to_read_it(s2d: Run, compile_: Run):
+    Path("ownnet.py").write_text(OWN_CODE)
+    torch.save(
+        {
+            "conv.weight": torch.randn(8, 3, 3, 3),
+            "conv.bias": torch.zeros(8),
+            "fc.weight": torch.randn(4, 8),
+            "fc.bias": torch.zeros(4),
+        },
+        "model.pt",
+    )
+    status, out, err = compile_(*BASIC, "--arch", "ownnet:Net")
+    assert (status, err) == (0, "")
+    assert 'load(path, operators=["clitest::half"], types=[ownnet.Answer])' in out
+    assert s2d("show", "dyn.pt", "--graph", "3")[0] == 0
+    answer = sys.modules["ownnet"].Answer
+    dyn = s2d_compiler.load("dyn.pt", operators=["clitest::half"], types=[answer])
+    assert {type(output) for output in dyn(torch.zeros(1, 3, 8, 8))} == {answer}
+
+
 def test_a_submodule_is_inspected_and_compiled_alone(s2d: Run, compile_: Run):
     torch.save(nn.ModuleDict({"backbone": build(), "head": nn.Linear(4, 2)}), "model.pt")
     options = ("--submodule", "backbone", "--input-shape", "3x8x8")

@@ -16,7 +16,7 @@ from s2d_compiler.checking import check
 from s2d_compiler.cli import main
 from s2d_compiler.compiler import compile_program
 from s2d_compiler.errors import CheckError, FormatError
-from s2d_compiler.format import from_data, load_to_show, to_data
+from s2d_compiler.format import Allowed, from_data, load_to_show, permissions, to_data
 from s2d_compiler.rules import base
 
 PAGE = Path(__file__).parent.parent / "docs" / "operators.md"
@@ -121,6 +121,10 @@ def test_a_name_that_is_no_operators_is_refused(page: dict[str, Any], allowed: A
         load(page["file"], operators=allowed)
 
 
+def test_what_a_file_needs_is_known_before_it_is_read(page: dict[str, Any]) -> None:
+    assert permissions(page["dyn"]) == (("mylib::soft_pool",), ())
+
+
 def renamed(page: dict[str, Any], name: str) -> dict[str, Any]:
     data = to_data(load(page["file"], operators=["mylib::soft_pool"]))
     for stage in data["stages"]:
@@ -131,8 +135,6 @@ def renamed(page: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def read(data: dict[str, Any], *operators: str) -> DynamicModel:
-    from s2d_compiler.format import Allowed
-
     return from_data(data, "crafted", Allowed(operators))
 
 
