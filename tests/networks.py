@@ -1,4 +1,4 @@
-"""Random small convolutional networks, as ordinary eager modules.
+"""Random small networks, convolutional and with attention, as ordinary eager modules.
 
 ``network(pick)`` builds one from a source of choices; ``seeded(seed)`` and the hypothesis
 strategy ``networks()`` are two such sources. ``settle`` gives a network weights and
@@ -357,6 +357,225 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class ChannelNorm(nn.Module):
+    """Layer or RMS norm over the channels of (N, C, H, W), as ConvNeXt does it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return out
+
+
+class ChannelsLast(nn.Module):
+    """Linear layers, scales and norms over the last dimension: ConvNeXt's block."""
+
+    def __init__(self, channels: int, middle: int, *, bias: bool, norm: bool) -> None:
+        super().__init__()
+        self.spatial = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.norm = nn.LayerNorm(channels) if norm else nn.Identity()
+        self.up = nn.Linear(channels, middle, bias=bias)
+        self.down = nn.Linear(middle, channels, bias=bias)
+        self.scale = nn.Parameter(torch.full((channels,), 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.spatial(x).permute(0, 2, 3, 1))
+        y = self.scale * self.down(F.gelu(self.up(y)))
+        return x + y.permute(0, 3, 1, 2)
+
+
+class PositionTable(nn.Module):
+    """A number for every pair of tokens and head, by how far apart the tokens are."""
+
+    index: Tensor
+
+    def __init__(self, tokens: int, heads: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(2 * tokens - 1, heads))
+        places = torch.arange(tokens)
+        self.register_buffer("index", places[:, None] - places[None, :] + tokens - 1)
+
+    def forward(self) -> Tensor:
+        count = self.index.shape[0]
+        return self.table[self.index.view(-1)].view(count, count, -1).permute(2, 0, 1)
+
+
+class Attention(nn.Module):
+    """Self-attention over (N, T, C) in one of the ways in which people write it."""
+
+    def __init__(self, channels: int, heads: int, tokens: int, how: str) -> None:
+        super().__init__()
+        self.heads, self.how = heads, how
+        if how.startswith("module"):
+            first = how == "module batch first"
+            self.whole = nn.MultiheadAttention(channels, heads, batch_first=first)
+            return
+        self.qkv = nn.Linear(channels, 3 * channels, bias=how != "einsum")
+        self.proj = nn.Linear(channels, channels)
+        if how == "table":
+            self.position = PositionTable(tokens, heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "module batch first":
+            return self.whole(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
+        if self.how == "module":
+            y = x.transpose(0, 1)
+            return self.whole(y, y, y)[0].transpose(0, 1)  # type: ignore[no-any-return]
+        n, t, c = x.shape
+        qkv = self.qkv(x).reshape(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        if self.how == "fused":
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif self.how == "einsum":
+            a = torch.einsum("nhtd,nhsd->nhts", q, k) * 0.3
+            y = torch.einsum("nhts,nhsd->nhtd", a.softmax(-1), v)
+        else:
+            a = (q * 0.3) @ k.transpose(-2, -1)
+            if self.how == "table":
+                a = a + self.position()
+            y = a.softmax(dim=-1) @ v
+        out: Tensor = self.proj(y.transpose(1, 2).reshape(n, t, c))
+        return out
+
+
+class CrossCovariance(nn.Module):
+    """Attention between the channels of a head (XCiT)."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, c = x.shape
+        qkv = self.qkv(x).reshape(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 4, 1)
+        q, k, v = qkv[0], qkv[1], qkv[2]
+        a = (q @ k.transpose(-2, -1) * 0.2).softmax(dim=-1)
+        out: Tensor = self.proj((a @ v).permute(0, 3, 1, 2).reshape(n, t, c))
+        return out
+
+
+class TokenMixing(nn.Module):
+    """A linear layer over the tokens, by which every channel is treated alike (MLP-Mixer)."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(tokens, 2 * tokens)
+        self.down = nn.Linear(2 * tokens, tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(F.gelu(self.up(x.transpose(1, 2)))).transpose(1, 2)
+        return out
+
+
+class Transformer(nn.Module):
+    """Pixels as tokens with a position embedding, perhaps a class token, and one block."""
+
+    def __init__(
+        self,
+        channels: int,
+        tokens: int,
+        mixer: nn.Module,
+        middle: int,
+        *,
+        norm: Callable[[int], nn.Module],
+        class_token: bool,
+    ) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(1, 1, channels)) if class_token else None
+        self.position = nn.Parameter(torch.zeros(1, tokens + class_token, channels))
+        self.norm1, self.norm2 = norm(channels), norm(channels)
+        self.mixer = mixer
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, middle), nn.GELU(), nn.Linear(middle, channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        y = x.flatten(2).transpose(1, 2)
+        if self.first is not None:
+            y = torch.cat([self.first.expand(n, -1, -1), y], dim=1)
+        y = y + self.position
+        y = y + self.mixer(self.norm1(y))
+        y = y + self.mlp(self.norm2(y))
+        if self.first is not None:
+            y = y[:, 1:] + y[:, :1]
+        return y.transpose(1, 2).reshape(n, c, h, w)
+
+
+class Windows(nn.Module):
+    """Attention inside shifted windows over channels-last pixels, padded and masked (Swin)."""
+
+    def __init__(self, channels: int, heads: int, size: int, shift: int) -> None:
+        super().__init__()
+        self.size, self.shift = size, shift
+        self.norm = nn.LayerNorm(channels)
+        self.attention = Attention(channels, heads, size * size, "table")
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        y = self.norm(x.permute(0, 2, 3, 1))
+        low, right = -h % self.size, -w % self.size
+        y = F.pad(y, (0, 0, 0, right, 0, low))
+        high, wide = h + low, w + right
+        mask = y.new_zeros((high, wide))
+        mask[-self.size :, :] = 0.5  # written in place into a constant
+        y = y * (1 + mask)[None, :, :, None]
+        if self.shift:
+            y = torch.roll(y, (-self.shift, -self.shift), (1, 2))
+        rows, columns = high // self.size, wide // self.size
+        y = y.view(n, rows, self.size, columns, self.size, c).permute(0, 1, 3, 2, 4, 5)
+        y = self.attention(y.reshape(n * rows * columns, self.size**2, c))
+        y = y.view(n, rows, columns, self.size, self.size, c).permute(0, 1, 3, 2, 4, 5)
+        y = y.reshape(n, high, wide, c)
+        if self.shift:
+            y = torch.roll(y, (self.shift, self.shift), (1, 2))
+        return x + y[:, :h, :w].permute(0, 3, 1, 2)
+
+
+class ComputedConv(nn.Conv2d):
+    """A convolution whose weight is computed from parameters at every call."""
+
+    def __init__(self, channels: int, out: int, kernel: int, how: str) -> None:
+        super().__init__(channels, out, kernel, padding=kernel // 2)
+        self.how = how
+        self.gain = nn.Parameter(torch.ones(out, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, bias = self.weight, self.bias
+        if self.how == "standardised":
+            mean = w.mean((1, 2, 3), keepdim=True)
+            var = w.var((1, 2, 3), keepdim=True, unbiased=False)
+            w = (w - mean) / torch.sqrt(var + 1e-5) * self.gain
+        elif self.how == "batch norm":
+            flat = w.reshape(1, len(w), -1)
+            gain = self.gain.view(-1) * 0.4
+            w = F.batch_norm(flat, None, None, weight=gain, training=True).reshape_as(w)
+        elif self.how == "normed":
+            w = self.gain * w / w.square().sum((1, 2, 3), keepdim=True).sqrt()
+        elif self.how == "scaled":
+            w = w * self.gain
+        else:  # a bias of which the first half is switched off in place
+            assert bias is not None
+            bias = bias.clone()
+            bias[: len(bias) // 2].zero_()
+        return F.conv2d(x, w, bias, padding=self.padding)
+
+
+class MatrixOfItsOwn(nn.Module):
+    """A linear layer written as a product with a parameter."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.permute(0, 2, 3, 1) @ self.weight).permute(0, 3, 1, 2)
+
+
 # --------------------------------------------------------------------------------------
 # Drawing a network
 
@@ -595,6 +814,71 @@ def _pixels(pick: Pick, at: Shape) -> tuple[nn.Module, Shape]:
     return nn.Sequential(*body), Shape(out, at.size // 2)
 
 
+def _norm_over_channels(pick: Pick, at: Shape) -> tuple[nn.Module, Shape]:
+    how = pick.one(["layer", "rms", "group", "groups"])
+    if how == "groups":
+        groups = pick.one([2, 4, 8, 3])
+        entry, width = _even(pick, at, groups)
+        return nn.Sequential(entry, nn.GroupNorm(groups, width)), Shape(width, at.size)
+    if how == "group":
+        return nn.GroupNorm(1, at.width), at
+    norm = nn.LayerNorm(at.width) if how == "layer" else nn.RMSNorm(at.width, eps=1e-5)
+    return ChannelNorm(norm), at
+
+
+def _channels_last(pick: Pick, at: Shape) -> tuple[nn.Module, Shape]:
+    bias, norm = pick.one([True, False]), pick.one([True, False])
+    return ChannelsLast(at.width, _width(pick), bias=bias, norm=norm), at
+
+
+def _few_tokens(pick: Pick, at: Shape) -> tuple[list[nn.Module], Shape, int]:
+    """A way to so many heads and so few pixels that every pixel can be a token."""
+    heads = pick.one([4, 2, 3, 1, 8])
+    entry, width = _even(pick, at, heads)
+    way = [entry]
+    if at.size > 5:
+        way.append(nn.AdaptiveAvgPool2d(4))
+    return way, Shape(width, 4 if at.size > 5 else at.size), heads
+
+
+def _transformer(pick: Pick, at: Shape) -> tuple[nn.Module, Shape]:
+    way, at, heads = _few_tokens(pick, at)
+    class_token = pick.one([False, True])
+    tokens = at.size**2
+    how = pick.one(["fused", "plain", "table", "einsum", "module batch first", "module"])
+    mixer = Attention(at.width, heads, tokens + class_token, how)
+    norm: Callable[[int], nn.Module] = pick.one([nn.LayerNorm, nn.RMSNorm])
+    middle = _width(pick)
+    block = Transformer(at.width, tokens, mixer, middle, norm=norm, class_token=class_token)
+    return nn.Sequential(*way, block), at
+
+
+def _token_mixing(pick: Pick, at: Shape) -> tuple[nn.Module, Shape]:
+    way, at, heads = _few_tokens(pick, at)
+    mixer = CrossCovariance(at.width, heads) if pick.one([False, True]) else TokenMixing(at.size**2)
+    block = Transformer(
+        at.width, at.size**2, mixer, _width(pick), norm=nn.LayerNorm, class_token=False
+    )
+    return nn.Sequential(*way, block), at
+
+
+def _windows(pick: Pick, at: Shape) -> tuple[nn.Module, Shape]:
+    heads = pick.one([2, 4, 3, 1])
+    entry, width = _even(pick, at, heads)
+    size = pick.number(2, 3)
+    shift = pick.number(0, size - 1)
+    return nn.Sequential(entry, Windows(width, heads, size, shift)), Shape(width, at.size)
+
+
+def _computed(pick: Pick, at: Shape) -> tuple[nn.Module, Shape]:
+    out, kernel = _width(pick), pick.one([3, 1])
+    how = pick.one(["standardised", "batch norm", "normed", "scaled", "bias", "matrix"])
+    if how == "matrix":
+        return nn.Sequential(MatrixOfItsOwn(at.width, out), nn.GELU()), Shape(out, at.size)
+    conv = ComputedConv(at.width, out, kernel, how)
+    return nn.Sequential(conv, nn.SiLU()), Shape(out, at.size)
+
+
 BLOCKS: dict[str, Callable[[Pick, Shape], tuple[nn.Module, Shape]]] = {
     "plain": _plain,
     "residual": _residual,
@@ -617,6 +901,12 @@ BLOCKS: dict[str, Callable[[Pick, Shape], tuple[nn.Module, Shape]]] = {
     "attention": _attention,
     "resized": _resized,
     "pixels": _pixels,
+    "norm_over_channels": _norm_over_channels,
+    "channels_last": _channels_last,
+    "transformer": _transformer,
+    "token_mixing": _token_mixing,
+    "windows": _windows,
+    "computed": _computed,
 }
 
 
@@ -750,10 +1040,10 @@ def settle(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
 
 
 def _randomise(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    if name == "weight" and parameter.dim() >= 2:
+    if name in ("weight", "in_proj_weight") and parameter.dim() >= 2:
         fan_in = parameter[0].numel()
         parameter.uniform_(-1, 1, generator=generator).mul_((6 / fan_in) ** 0.5)
-    elif name == "bias":
+    elif name in ("bias", "in_proj_bias", "position", "first", "table"):
         parameter.uniform_(-0.3, 0.3, generator=generator)
     else:  # scales of norms and layers
         parameter.uniform_(0.5, 1.5, generator=generator)

@@ -85,7 +85,8 @@ ELEMENTWISE = _names(
     "sin cos "
     "add sub rsub mul div pow clamp clamp_min clamp_max maximum minimum where masked_fill "
     "eq ne lt le gt ge logical_not logical_and logical_or bitwise_not bitwise_and "
-    "as_strided _to_copy clone alias detach lift_fresh_copy lerp addcmul addcdiv floor ceil round trunc"
+    "as_strided _to_copy clone alias detach lift_fresh_copy lerp addcmul addcdiv "
+    "floor ceil round trunc"
 )
 CREATION = _names(
     "zeros ones full empty arange linspace scalar_tensor eye "
@@ -757,10 +758,8 @@ class Structure:
         self, node: fx.Node, one: Tensor, other: Tensor, shape: Sequence[int]
     ) -> Tensor:
         wide, tall = carried(one), carried(other)
-        unreadable = (wide == {2} and not bool(other.any())) or (
-            tall == {1} and not bool(one.any())
-        )
-        if unreadable or (1 in wide and 2 in tall and 0 not in wide | tall):
+        unread = wide == {2} and not _any_real(other) or tall == {1} and not _any_real(one)
+        if unread or (1 in wide and 2 in tall and 0 not in wide | tall):
             return _expanded(VERSIONED, shape)
         why = f"{node} multiplies"
         one = self._tied_along(one, 2, why)
@@ -838,6 +837,10 @@ def _expanded(code: int, shape: Sequence[int]) -> Tensor:
 def _any_ids(tree: Any) -> bool:
     leaves = (leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor))
     return any(_is_mixed(leaf) and bool(leaf.any()) for leaf in leaves)
+
+
+def _any_real(ids: Tensor) -> bool:
+    return _any_ids(ids) and int(ids.max()) > VERSIONED
 
 
 def _is_mixed(ids: Tensor) -> bool:
