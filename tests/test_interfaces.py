@@ -388,6 +388,20 @@ def test_backbones_of_detectors(name: str, tmp_path: Path) -> None:
         assert same(load(tmp_path / "dyn.pt")(x), dyn(x))
 
 
+def test_frozen_batch_norm_is_cut_with_its_channels() -> None:
+    class Frozen(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torchvision.ops.FrozenBatchNorm2d(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.norm(self.a(x)).relu().mean((2, 3)))
+
+    dyn, _ = proven(Frozen(), (images(),))
+    assert not dyn.report.unknown
+    assert dyn.report.cut_share == 1.0
+
+
 class Whole(nn.Module):
     """A network with a part that is to be transformed."""
 
@@ -464,6 +478,17 @@ def test_a_stage_prefix_computes_its_exit_and_nothing_else(plan: Plan) -> None:
             expected = dyn.cost.original_macs
         assert counter.get_total_flops() == 2 * expected * len(x)
         assert part.macs == expected
+
+
+def test_a_stage_prefix_of_a_file_can_be_exported(tmp_path: Path) -> None:
+    x = images()
+    dyn = transform(Returns(OUTPUTS["dict"]).double(), REUSE, (x,))
+    dyn.save(tmp_path / "dyn.pt")
+    part = load(tmp_path / "dyn.pt").at_stage(2)
+    assert same(part(x), dyn(x)[1])
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(part, (x,), dynamic_shapes=(dynamic,)).module()
+    assert same(exported(x[:2]), part(x[:2]))
 
 
 def test_a_stage_prefix_trains_the_network_that_it_comes_from() -> None:
