@@ -37,8 +37,8 @@ lint: $(STAMP) ## Style, formatting and types
 test: lint ## Everything that a change must pass
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-zoo: $(STAMP) ## Every convolutional model of torchvision (make test tries a quarter, by the day)
-	S2D_ZOO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_zoo.py
+zoo: $(STAMP) ## Every classification model of torchvision (make test tries a quarter, by the day)
+	S2D_ZOO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_zoo.py tests/test_interfaces.py
 
 demo: $(STAMP) ## Train, compile, fine-tune and measure a small network, in about two minutes
 	@mkdir -p $(DEMO)

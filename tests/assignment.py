@@ -167,7 +167,9 @@ def planned_assignment(
     thin = plan.stages - 1 if plan.final == "original" else plan.stages
     owner = expected_owners(structure, plan).clamp(max=thin + 1)
     for family in families(structure):
-        for atom in family.atoms if found is not None and has_free_cut(structure, family) else ():
+        if found is None or not has_free_cut(structure, family):
+            continue
+        for atom in family.atoms:
             stages = {int(found.owner[item]) for item in atom} - {thin + 1}
             owner[list(atom)] = min(stages, default=thin + 1)
     heads = structure.prediction_layers()
@@ -233,9 +235,9 @@ def _made_of(structure: Structure, node: fx.Node, wanted: Tensor, found: dict[st
         if kind == "norm":
             wanted = wanted.movedim(1, 0).flatten(1).any(1)
         for key in ("weight", "bias", "g"):
-            source = bound(node).get(key)
-            if isinstance(source, fx.Node):
-                _made_of(structure, source, _narrowed(structure, source, wanted), found)
+            scale = bound(node).get(key)
+            if isinstance(scale, fx.Node):
+                _made_of(structure, scale, _narrowed(structure, scale, wanted), found)
 
 
 def _narrowed(structure: Structure, source: fx.Node, wanted: Tensor) -> Tensor:

@@ -189,7 +189,8 @@ class SqueezeExcite(nn.Module):
         if self.linear:
             s = x.mean((2, 3))
             s = self.gate(self.up(F.relu(self.down(s))))
-            return x * s.view(x.size(0), -1, 1, 1)
+            out: Tensor = x * s.view(x.size(0), -1, 1, 1)
+            return out
         s = F.adaptive_avg_pool2d(x, 1)
         result: Tensor = self.gate(self.up(F.relu(self.down(s)))) * x
         return result
@@ -308,7 +309,8 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.body(x) if self.add else self.body(x)
-        return x + self.body(x)
+        out: Tensor = x + self.body(x)
+        return out
 
 
 class Unruly(nn.Module):
@@ -383,7 +385,8 @@ class ChannelsLast(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.spatial(x).permute(0, 2, 3, 1))
         y = self.scale * self.down(F.gelu(self.up(y)))
-        return x + y.permute(0, 3, 1, 2)
+        out: Tensor = x + y.permute(0, 3, 1, 2)
+        return out
 
 
 class PositionTable(nn.Module):
@@ -503,7 +506,8 @@ class Transformer(nn.Module):
         y = y + self.mlp(self.norm2(y))
         if self.first is not None:
             y = y[:, 1:] + y[:, :1]
-        return y.transpose(1, 2).reshape(n, c, h, w)
+        out: Tensor = y.transpose(1, 2).reshape(n, c, h, w)
+        return out
 
 
 class Windows(nn.Module):
@@ -533,7 +537,8 @@ class Windows(nn.Module):
         y = y.reshape(n, high, wide, c)
         if self.shift:
             y = torch.roll(y, (self.shift, self.shift), (1, 2))
-        return x + y[:, :h, :w].permute(0, 3, 1, 2)
+        out: Tensor = x + y[:, :h, :w].permute(0, 3, 1, 2)
+        return out
 
 
 class ComputedConv(nn.Conv2d):

@@ -292,17 +292,21 @@ class Ties:
 
     def tie(self, one: Tensor, other: Tensor, why: str) -> None:
         """Tie equal positions of two tensors of ids that broadcast against each other."""
-        one, other = torch.broadcast_tensors(one, other)
+        shape = (one + other).shape
+        one, other = one.expand(shape), other.expand(shape)
         both = (one > VERSIONED) & (other > VERSIONED) & (one != other)
         if not bool(both.any()):
             return
         base = int(max(one.max(), other.max())) + 1
-        pairs = (one[both] * base + other[both]).unique()
-        for pair in pairs.tolist():
+        for pair in _distinct(one[both] * base + other[both]):
             first, second = divmod(pair, base)
             self.pairs.add((first, second, why))
             low, high = sorted((self.find(first), self.find(second)))
             self.parent[high] = low
+
+
+def _distinct(ids: Tensor) -> list[int]:
+    return [int(item) for item in torch.unique(ids)]
 
 
 CONSTANT, WEIGHT, ACTIVATION = 0, 1, 2
@@ -493,7 +497,8 @@ class Structure:
         data, operand = node.args[:2] if convolution else node.args[-2:]
         assert isinstance(data, fx.Node)
         assert isinstance(operand, fx.Node)
-        ids, shape = self.ids[data], shapes_of(node).shape
+        ids: Tensor = self.ids[data]
+        shape = shapes_of(node).shape
         if not convolution and 1 not in carried(ids) and carried(ids):
             self.mixing.add(node)
             return ids[:, :1].expand(shape)
@@ -526,7 +531,9 @@ class Structure:
         convolution = name_of(node) == "convolution"
         weight = self.constants[operand] if convolution else self.constants[operand].t()
         groups = bound(node)["groups"] if convolution else 1
-        path = self.sources(operand)[0].removesuffix(".weight")
+        tensors = parameters_and_buffers(self.model)
+        largest = max(self.sources(operand), key=lambda name: tensors[name].numel())
+        path = largest.removesuffix(".weight")
         count = sum(p.partition("[")[0] == path for p in self.layers)
         path = f"{path}[{count}]" if count else path
         layer = Layer(path, operand, weight, groups, self._fresh(weight.shape[0]))
@@ -580,7 +587,7 @@ class Structure:
         aligned = [t[(None,) * (len(shape) - t.dim())] for t in operands]
         result = _expanded(NOBODY, shape)
         gates = [t for t in aligned if self._is_gate(t, aligned, shape)]
-        self.gates.update(i for t in gates for i in t.unique().tolist() if i > VERSIONED)
+        self.gates.update(i for t in gates for i in _distinct(t) if i > VERSIONED)
         for t in aligned:
             if any(t is gate for gate in gates) or not bool(t.any()):
                 continue
@@ -603,7 +610,7 @@ class Structure:
             wide = any(t.shape[d] == 1 < other.shape[d] for d in range(len(shape)))
             versions = wide and not own and int(other.max()) == VERSIONED
             wider = wider or versions or bool(carried(other) - own)
-        real = t[t > VERSIONED].unique().tolist() if wider else []
+        real = _distinct(t[t > VERSIONED]) if wider else []
         return len({self.ties.find(item) for item in real}) == 1
 
     def _move(self, node: fx.Node) -> Any:
@@ -758,7 +765,7 @@ class Structure:
         self, node: fx.Node, one: Tensor, other: Tensor, shape: Sequence[int]
     ) -> Tensor:
         wide, tall = carried(one), carried(other)
-        unread = wide == {2} and not _any_real(other) or tall == {1} and not _any_real(one)
+        unread = (wide == {2} and not _any_real(other)) or (tall == {1} and not _any_real(one))
         if unread or (1 in wide and 2 in tall and 0 not in wide | tall):
             return _expanded(VERSIONED, shape)
         why = f"{node} multiplies"
@@ -1210,15 +1217,12 @@ class _Runner:
             for source in node.all_input_nodes:
                 if last[source] is node:
                     del env[source]
-        values = [
-            fx.map_arg(node.args[0], lambda n, i=i: env[n][i]) for i in range(len(self.stages))
-        ]
-        return [self._rebuilt(leaves) for leaves in values]
+        return [self._outputs(node.args[0], env, stage) for stage in self.stages]
 
-    def _rebuilt(self, tree: Any) -> Any:
-        """Outputs as the model gives them: graphs hold immutable containers."""
-        codegen = self.structure.traced.graph._codegen
-        return codegen.process_outputs(tree)
+    def _outputs(self, tree: Any, env: dict[fx.Node, list[Any]], stage: int) -> Any:
+        """Outputs in the form in which the model gives them."""
+        leaves = fx.map_arg(tree, lambda n: env[n][stage - 1])
+        return self.structure.traced.graph._codegen.process_outputs(leaves)
 
     def _values(self, node: fx.Node, env: dict[fx.Node, list[Any]]) -> list[Any]:
         structure = self.structure

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests import assignment, consequences
-from tests.networks import BLOCKS, Drawn, seeded, settle
+from tests.networks import BLOCKS, Attention, ComputedConv, Drawn, seeded, settle
 from tests.reference import (
     MaskedFormError,
     NoRuleError,
@@ -298,6 +298,220 @@ def test_reference_cuts_grouped_convolutions(
     planned = assignment.planned_assignment(structure, plan)
     assert not list(assignment._alive(structure, plan, found, planned))
     assert not list(assignment._cuts(structure, found, planned))
+
+
+def test_reference_norms_every_stage_by_itself() -> None:
+    def layer(y: Tensor) -> Tensor:
+        return F.layer_norm(y.permute(0, 2, 3, 1), y.shape[1:2]).permute(0, 3, 1, 2)
+
+    def rms(y: Tensor) -> Tensor:
+        return F.rms_norm(y.permute(0, 2, 3, 1), y.shape[1:2], eps=1e-5).permute(0, 3, 1, 2)
+
+    for norm in (layer, rms, lambda y: F.group_norm(y, 1)):
+        model, x, dyn = tower(norm, reuse=True)
+        y = model.one(x)
+        y = torch.cat([norm(y[:, FIRST]), norm(y[:, SECOND])], 1)
+        one, two = mixed(model, y, FIRST, FIRST), mixed(model, y, SECOND, BOTH)
+        agree(masked_outputs(model, dyn, x), with_zeros(one), torch.cat([one, two], 1))
+
+
+def test_reference_cuts_inside_the_groups_of_a_norm() -> None:
+    x = image()
+    model = settle(nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8)), x)
+    first, second = [0, 1, 4, 5], [2, 3, 6, 7]
+    dyn = given(
+        {f"{i}.0.weight": (rows, None, None, None) for i, rows in enumerate([first, second])}, 2
+    )
+    got = masked_outputs(model, dyn, x)
+    scale, shift = model[1].weight, model[1].bias  # type: ignore[index]
+    for rows in (first, second):
+        wanted = F.group_norm(model[0](x)[:, rows], 2, scale[rows], shift[rows])  # type: ignore[index]
+        torch.testing.assert_close(got[1][:, rows], wanted)
+    assert not got[0][:, second].any()
+    found = read_assignment(Structure(model, x), dyn)
+    assert not list(assignment._ties(Structure(model, x), found))
+    dyn = given({"0.0.weight": (range(4), None, None, None)}, 2)
+    dyn.provenance["stages.1.0.weight"] = Entry("0.weight", (tuple(range(4, 8)), None, None, None))
+    broken = list(assignment._ties(Structure(model, x), read_assignment(Structure(model, x), dyn)))
+    assert broken == ["native_group_norm normalises inside groups: 4 pairs of tied positions in "
+                      "different stages"]  # fmt: skip
+
+
+class Tokens(nn.Module):
+    """Six pixels as tokens behind a class token, and attention between them."""
+
+    def __init__(self, heads: int, how: str) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 1)
+        self.first = nn.Parameter(torch.zeros(1, 1, 8))
+        self.attention = Attention(8, heads, 7, how)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x).flatten(2).transpose(1, 2)
+        y = torch.cat([self.first.expand(len(y), -1, -1), y], 1)
+        out: Tensor = self.attention(y)
+        return torch.stack([out, out], 1).mean(1)
+
+
+HOW = ["fused", "plain", "table", "einsum", "module", "module batch first"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_reference_cuts_attention_by_heads(how: str) -> None:
+    x = image()[..., :2, :3]
+    model = settle(Tokens(4, how), x)
+    assert isinstance(model, Tokens)
+    whole = "attention.whole" if how.startswith("module") else "attention"
+    last = "out_proj" if how.startswith("module") else "proj"
+    packed = f"{whole}.in_proj_weight" if how.startswith("module") else "attention.qkv.weight"
+    halves = [list(range(4)), list(range(4, 8))]
+    slices: dict[str, tuple[Rows, ...]] = {}
+    for i, half in enumerate(halves):
+        slices[f"{i}.embed.weight"] = (half, None, None, None)
+        slices[f"{i}.{packed}"] = ([r + 8 * k for k in range(3) for r in half], half)
+        slices[f"{i}.{whole}.{last}.weight"] = (half, half)
+    dyn = given(slices, 2)
+    structure = Structure(model, x)
+    found = read_assignment(structure, dyn)
+    assert not list(assignment._ties(structure, found))
+    got = masked_outputs(model, dyn, x, structure)
+
+    named = dict(model.named_parameters())
+    tokens = model.embed(x).flatten(2).transpose(1, 2)
+    tokens = torch.cat([model.first.expand(len(x), -1, -1), tokens], 1)
+    scale = 0.3 if how in ("plain", "table", "einsum") else 0.5**0.5
+    for half in halves:
+        rows = [r + 8 * k for k in range(3) for r in half]
+        qkv = tokens[..., half] @ named[packed][rows][:, half].t()
+        bias = named.get(packed.replace("weight", "bias"))
+        qkv = qkv if bias is None else qkv + bias[rows]
+        parts = []
+        for head in range(2):
+            q, k, v = (qkv[..., 4 * j + 2 * head : 4 * j + 2 * head + 2] for j in range(3))
+            scores = q @ k.transpose(1, 2) * scale
+            if how == "table":
+                scores = scores + model.attention.position()[half[0] // 2 + head]
+            parts.append(scores.softmax(-1) @ v)
+        weight = named[f"{whole}.{last}.weight"][half][:, half]
+        wanted = torch.cat(parts, -1) @ weight.t() + named[f"{whole}.{last}.bias"][half]
+        torch.testing.assert_close(got[1][..., half], wanted)
+    torch.testing.assert_close(got[0][..., :4], got[1][..., :4])
+    assert not got[0][..., 4:].any()
+
+    # a head of which each stage has one half
+    torn: dict[str, tuple[Rows, ...]] = slices | {
+        f"0.{packed}": ([*range(7), 8, *range(9, 13)], halves[0]),
+        f"1.{packed}": ([7, *range(13, 24)], halves[1]),
+    }
+    report = list(assignment._ties(structure, read_assignment(structure, given(torn, 2))))
+    assert any("tied positions in different stages" in line for line in report)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_reference_pins_the_queries_of_a_single_head(how: str) -> None:
+    x = image()[..., :2, :3]
+    structure = Structure(settle(Tokens(1, how), x), x)
+    rows = structure.layers[list(structure.layers)[1]].rows
+    atoms = {structure.ties.find(row) for row in rows[:16]}
+    assert len(atoms) == 1
+    assert atoms == {structure.ties.find(gate) for gate in structure.gates}
+    assert len({structure.ties.find(row) for row in rows[16:]} - atoms) == 8
+
+
+def test_reference_ties_the_halves_of_a_norm_to_nothing_but_tokens_to_each_other() -> None:
+    class TwoEmbeddings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 4), nn.Linear(3, 4)
+            self.out = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.flatten(2).transpose(1, 2)
+            y = torch.cat([self.one(tokens), self.two(tokens)], 1)
+            out: Tensor = F.relu(self.out(y))
+            return out
+
+    structure = Structure(settle(TwoEmbeddings(), image()), image())
+    one, two, out = (structure.layers[n].rows for n in ("one", "two", "out"))
+    find = structure.ties.find
+    assert [find(i) for i in one] == [find(i) for i in two]
+    assert len({find(i) for i in (*one, *out)}) == 8
+
+
+def test_reference_lets_token_mixing_pass() -> None:
+    x = image(size=2)
+    model = settle(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Linear(4, 5), nn.Linear(5, 2)), x
+    )
+    structure = Structure(model, x)
+    assert list(structure.layers) == ["0"]
+    slices: dict[str, tuple[Rows, ...]] = {
+        "0.0.weight": ([0, 1], None, None, None),
+        "1.0.weight": ([2, 3], None, None, None),
+    }
+    wanted = model(x)
+    first = wanted.clone()
+    first[:, 2:] = 0
+    agree(masked_outputs(model, given(slices, 2), x, structure), first, wanted)
+
+
+@pytest.mark.parametrize("how", ["standardised", "batch norm", "normed", "scaled", "bias"])
+def test_reference_computes_weights_from_what_a_stage_has(how: str) -> None:
+    x = image(4)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), ComputedConv(4, 4, 3, how))
+    settle(model, x)
+    conv = model[1]
+    assert isinstance(conv, ComputedConv)
+    halves = [[0, 1], [2, 3]]
+    slices: dict[str, tuple[Rows, ...]] = {}
+    for i, half in enumerate(halves):
+        slices[f"{i}.0.weight"] = (half, None, None, None)
+        slices[f"{i}.1.weight"] = (half, half, None, None)
+        slices[f"{i}.1.gain"] = (half, None, None, None)
+    dyn = given(slices, 2)
+    structure = Structure(model, x)
+    got = masked_outputs(model, dyn, x, structure)
+    y = model[0](x)
+    for half in halves:
+        part = ComputedConv(2, 2, 3, how).double()
+        with torch.no_grad():
+            part.weight.copy_(conv.weight[half][:, half])
+            part.gain.copy_(conv.gain[half])
+            part.bias.copy_(conv.bias[half])  # type: ignore[index, union-attr]
+            if how == "bias":  # by hand: its first half is another one in a slice
+                part.how = "scaled"
+                part.gain.fill_(1)
+                part.bias.mul_(torch.tensor([float(r >= 2) for r in half]))  # type: ignore[union-attr]
+            wanted = part(y[:, half])
+        torch.testing.assert_close(got[1][:, half], wanted)
+    assert not got[0][:, 2:].any()
+
+
+@pytest.mark.parametrize("how", ["standardised", "batch norm", "normed", "scaled", "bias"])
+def test_plans_say_which_elements_computed_weights_are_made_of(how: str) -> None:
+    x = image(4)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), ComputedConv(4, 4, 3, how), nn.Conv2d(4, 3, 1))
+    settle(model, x)
+    full = None, None
+    slices: dict[str, tuple[Rows, ...]] = {
+        "0.0.weight": ([0, 1], None, *full),
+        "1.0.weight": ([2, 3], None, *full),
+        "0.1.weight": ([0, 1], [0, 1], *full),
+        "1.1.weight": ([2, 3], [2, 3], *full),
+        "0.1.gain": ([0, 1], None, *full),
+        "1.1.gain": ([2, 3], None, *full),
+        "0.2.weight": (None, [0, 1], *full),
+        "1.2.weight": (None, None, *full),
+    }
+    structure = Structure(model, x)
+    plan: Any = HandPlan(concat=frozenset())
+    planned = assignment.planned_assignment(structure, plan)
+    dyn = given(slices, 2)
+    assert planned == read_assignment(structure, dyn)
+    if how not in ("scaled", "bias"):
+        dyn.provenance["stages.1.1.gain"] = Entry("1.gain", ((3,), None, None, None))
+        with pytest.raises(AssertionError):
+            assert planned == read_assignment(structure, dyn)
 
 
 def test_reference_refuses_what_it_does_not_know() -> None:

@@ -1,4 +1,4 @@
-"""Every convolutional classifier of torchvision, cut in three with and without reuse.
+"""Every classifier of torchvision, cut in three with and without reuse.
 
 Run with several processes (``-n 2``): one test per model. The whole zoo takes long, so a plain
 run tries a quarter of it, another one every day; ``S2D_ZOO=all`` (``make zoo``) tries all.
@@ -29,12 +29,24 @@ from tests.networks import settle
 from tests.plans import plans, resolutions_of
 from tests.reference import Structure
 
-ATTENTION_OR_LAYER_NORM = ("vit", "swin", "maxvit", "convnext")
-MODELS = [
-    name
-    for name in torchvision.models.list_models(module=torchvision.models)
-    if not name.startswith(ATTENTION_OR_LAYER_NORM)
-]
+MODELS = list(torchvision.models.list_models(module=torchvision.models))
+SIZES = {
+    "inception_v3": 75,
+    "maxvit_t": 224,  # its windows of 7 by 7 pixels must fit 32 times
+    "vit_b_16": 48,
+    "vit_b_32": 96,
+    "vit_h_14": 42,
+    "vit_l_16": 48,
+    "vit_l_32": 96,
+}
+"""Height and width of the images, where 64 is too little or not needed. A vision transformer
+gets nine patches: only its position embedding is smaller than at 224."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "googlenet": {"init_weights": False},
+    "inception_v3": {"init_weights": False},
+    **{name: {"image_size": size} for name, size in SIZES.items() if name.startswith("vit")},
+}
+"""What the constructors are told; all others are built as they are."""
 QUARTERS = 4
 TRIED = (
     MODELS
@@ -64,6 +76,10 @@ DRAWN_FROM = (
     "resnet18",
     "regnet_y_400mf",
     "googlenet",
+    "convnext_tiny",
+    "vit_b_32",
+    "swin_t",
+    "swin_v2_t",
 )
 """Small ones, one of each design, for random plans."""
 
@@ -77,19 +93,18 @@ def build(name: str) -> nn.Module:
                 stack.enter_context(nothing)
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float64)
-        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        model: nn.Module = torchvision.models.get_model(name, **options)
+        model: nn.Module = torchvision.models.get_model(name, **OPTIONS.get(name, {}))
     return model
 
 
 def images(name: str) -> Tensor:
-    size = 75 if name == "inception_v3" else 64
+    size = SIZES.get(name, 64)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(4, 3, size, size, generator=generator, dtype=torch.float64)
 
 
 def test_the_zoo_is_whole() -> None:
-    assert len(MODELS) >= 60
+    assert len(MODELS) >= 80
 
 
 @pytest.mark.parametrize("name", TRIED)
