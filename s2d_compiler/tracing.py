@@ -25,7 +25,6 @@ from s2d_compiler.errors import CaptureError, InputShapeError
 from s2d_compiler.functionalize import functionalize, pieces_to_slices
 from s2d_compiler.program import Dropped, Program, safe_name
 from s2d_compiler.raising import Raiser
-from s2d_compiler.regions import inline_regions
 
 log = logging.getLogger(__name__)
 
@@ -336,7 +335,7 @@ def _program(
 ) -> Program:
     lifted = _Lifted(model, exported)
     graph, written = functionalize(
-        inline_regions(exported.graph_module), lifted.constants, lifted.add_constant
+        exported.graph_module.graph, lifted.constants, lifted.add_constant
     )
     notes += written
     lifted.unlift(graph)
