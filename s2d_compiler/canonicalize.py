@@ -26,8 +26,7 @@ def canonicalize(graph: fx.Graph, add_constant: AddConstant) -> None:
     - ``max``/``min`` over a dimension whose index is not used -> ``amax``/``amin``;
     - ``expand_as`` -> ``expand`` (nothing where the shapes are equal), ``reshape_as`` and
       ``view_as`` -> ``reshape``;
-    - ``addmm`` and ``baddbmm`` -> a product and a sum; a product with a parameter matrix ->
-      ``linear``;
+    - ``addmm`` and ``baddbmm`` -> a product and a sum;
     - ``slice_scatter``/``select_scatter`` -> ``cat`` and ``index_select`` by a constant;
     - ``zeros`` of a batch -> ``new_zeros``; casts lose a device that changes nothing.
     """
@@ -125,45 +124,43 @@ def _reshape_as(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | Non
     return _call(graph, aten.reshape.default, (source, sizes), node, value)
 
 
-def _product_with_weight(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None:
+def products_to_layers(graph: fx.Graph) -> None:
     """``x @ w`` with a parameter matrix is a linear layer whose weight is ``w`` transposed."""
+    parameters: dict[fx.Node, bool] = {}  # values of attributes alone: whether of parameters
+    for node in list(graph.nodes):
+        operands = [parameters.get(n) for n in node.all_input_nodes]
+        if node.op == "get_attr":
+            parameters[node] = bool(node.meta.get("parameter"))
+        elif node.op == "call_function" and operands and None not in operands:
+            parameters[node] = any(operands)
+        elif node.target in (aten.matmul.default, aten.mm.default):
+            with graph.inserting_before(node):
+                _product_to_layer(graph, node, parameters)
+    _drop_unread(graph)
+
+
+def _product_to_layer(graph: fx.Graph, node: fx.Node, parameters: dict[fx.Node, bool]) -> None:
     first, second = node.args[:2]
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
-        return None
-    if not _is_parameter(second) or _value(second).dim() != 2 or _value(first).dim() < 2:
-        return None
-    if _is_parameter(first):
-        return None
+        return
+    if not parameters.get(second) or _value(second).dim() != 2 or _value(first).dim() < 2:
+        return
     if second.target in (aten.t.default, aten.numpy_T.default):
         weight = second.args[0]
     else:
         weight = _call(graph, aten.t.default, (second,), node, _value(second).t())
-    return _call(graph, aten.linear.default, (first, weight), node, node.meta["val"])
+    layer = _call(graph, aten.linear.default, (first, weight), node, node.meta["val"])
+    node.replace_all_uses_with(layer)
+    graph.erase_node(node)
 
 
-def _is_parameter(node: fx.Node) -> bool:
-    """Whether a value depends on parameters, and on nothing but attributes."""
-    if node.op == "get_attr":
-        return bool(node.meta.get("parameter"))
-    operands = node.all_input_nodes
-    return (
-        node.op == "call_function"
-        and bool(operands)
-        and all(n.op == "get_attr" or _is_parameter(n) for n in operands)
-        and any(_is_parameter(n) for n in operands)
-    )
-
-
-def _sum_with_product(graph: fx.Graph, node: fx.Node, add: AddConstant) -> fx.Node | None:
+def _sum_with_product(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None:
     """``beta * a + alpha * (b @ c)`` in its parts."""
     base, left, right = node.args[:3]
     product_of = aten.mm.default if node.target is aten.addmm.default else aten.bmm.default
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
     product = _call(graph, product_of, (left, right), node, node.meta["val"])
-    if (as_layer := _product_with_weight(graph, product, add)) is not None:
-        graph.erase_node(product)
-        product = as_layer
     terms: list[Any] = []
     for value, name in ((base, "beta"), (product, "alpha")):
         factor = node.kwargs.get(name, 1)
@@ -295,8 +292,6 @@ _REWRITES: dict[Any, Callable[[fx.Graph, fx.Node, AddConstant], fx.Node | None]]
     aten.expand_as.default: _expand_as,
     aten.reshape_as.default: _reshape_as,
     aten.view_as.default: _reshape_as,
-    aten.matmul.default: _product_with_weight,
-    aten.mm.default: _product_with_weight,
     aten.addmm.default: _sum_with_product,
     aten.baddbmm.default: _sum_with_product,
     aten.slice_scatter.default: _slice_scatter,

@@ -183,6 +183,8 @@ class _Run:
         module = self.program.module(node)
         index = torch.from_numpy(own)
         weight = None if module.weight is None else module.weight[index]
+        if isinstance(module, nn.RMSNorm):
+            return functional.rms_norm(part, [len(own)], weight, module.eps)
         bias = None if module.bias is None else module.bias[index]
         if isinstance(module, nn.GroupNorm):
             return functional.group_norm(part, module.num_groups, weight, bias, module.eps)

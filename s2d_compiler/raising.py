@@ -117,6 +117,12 @@ def _layer_norm(a: Mapping[str, Any]) -> nn.Module | None:
     return nn.LayerNorm(shape, eps=a["eps"], elementwise_affine=affine, bias=bias, device="meta")
 
 
+def _rms_norm(a: Mapping[str, Any]) -> nn.Module:
+    shape = [int(n) for n in a["normalized_shape"]]
+    affine = a["weight"] is not None
+    return nn.RMSNorm(shape, eps=a["eps"], elementwise_affine=affine, device="meta")
+
+
 def _prelu(a: Mapping[str, Any]) -> nn.Module:
     return nn.PReLU(a["weight"].numel(), device="meta")
 
@@ -137,6 +143,7 @@ RAISED: dict[torch._ops.OpOverload, Raise] = {
     aten.instance_norm.default: Raise(_STATISTICS, _instance_norm),
     aten.group_norm.default: Raise(_WEIGHTS, _group_norm),
     aten.layer_norm.default: Raise(_WEIGHTS, _layer_norm),
+    aten.rms_norm.default: Raise({"weight": "weight"}, _rms_norm),
     aten.prelu.default: Raise({"weight": "weight"}, _prelu, operand="self"),
     aten.dropout.default: Raise({}, _dropout(nn.Dropout)),
     aten.feature_dropout.default: Raise({}, _dropout(nn.Dropout2d)),
@@ -289,7 +296,7 @@ class Raiser:
         if path and (expected == set(names) or self._holds(path, owned)):
             return path
         weight = self.sources[owned["weight"]] if "weight" in owned else names[0]
-        return weight.removesuffix(".weight")
+        return weight.removesuffix(".weight").removesuffix("_weight")
 
     def _holds(self, path: str, owned: Mapping[str, str]) -> bool:
         """Whether the original has a module of its own at ``path`` that holds these tensors,

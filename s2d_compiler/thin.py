@@ -157,6 +157,9 @@ def _resized_norm(module: nn.Module, channels: int, groups: int | None) -> nn.Mo
             bias=module.bias is not None,
             **options,
         )
+    if isinstance(module, nn.RMSNorm):
+        affine = module.elementwise_affine
+        return nn.RMSNorm(channels, eps=module.eps, elementwise_affine=affine, **options)
     kept = ("eps", "momentum", "affine", "track_running_stats")
     return type(module)(channels, **{k: getattr(module, k) for k in kept}, **options)
 

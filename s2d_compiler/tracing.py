@@ -20,11 +20,13 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
 from s2d_compiler.attributes import find, put, read
-from s2d_compiler.canonicalize import canonicalize
+from s2d_compiler.canonicalize import canonicalize, products_to_layers
 from s2d_compiler.errors import CaptureError, InputShapeError
 from s2d_compiler.functionalize import functionalize, pieces_to_slices
 from s2d_compiler.program import Dropped, Program, safe_name
 from s2d_compiler.raising import Raiser
+from s2d_compiler.regions import inline_regions
+from s2d_compiler.unmerge import unmerge_batch
 
 log = logging.getLogger(__name__)
 
@@ -335,7 +337,7 @@ def _program(
 ) -> Program:
     lifted = _Lifted(model, exported)
     graph, written = functionalize(
-        exported.graph_module.graph, lifted.constants, lifted.add_constant
+        inline_regions(exported.graph_module), lifted.constants, lifted.add_constant
     )
     notes += written
     lifted.unlift(graph)
@@ -344,6 +346,8 @@ def _program(
         node.meta["path"] = _module_path(node)
     pieces_to_slices(graph)
     canonicalize(graph, lambda value: lifted.add_constant(value, graph_module))
+    unmerge_batch(graph)
+    products_to_layers(graph)
     Raiser(graph_module, lifted.sources, model).run()
     output_spec = _flat_output(graph, exported)
     for node in graph.nodes:

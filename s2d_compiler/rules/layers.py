@@ -9,11 +9,11 @@ from torch import fx, nn
 
 from s2d_compiler.analysis.labels import NOBODY, VERSIONED, Labels, uniform
 from s2d_compiler.computed import ComputedLayer, weight_shape
-from s2d_compiler.layout import Layout, layout
+from s2d_compiler.layout import Layout, box_positions, channel_dimensions, layout
 from s2d_compiler.program import shape_of
 from s2d_compiler.raising import schema_arguments
 from s2d_compiler.rules.base import NoRule, OperatorRule, register
-from s2d_compiler.rules.channelwise import marked, operand_of
+from s2d_compiler.rules.channelwise import marked, operand_of, tie_along
 from s2d_compiler.rules.products import product_macs
 from s2d_compiler.thin_expression import why_not_sliceable
 
@@ -113,8 +113,8 @@ def is_cut_between(module: nn.Module) -> bool:
 class Linear(WeightedLayer):
     """``y = x W^T + b`` over the last dimension.
 
-    Where the last dimension carries no channels but another one does (token mixing), the
-    weight is one parameter that the stages share.
+    Where another dimension carries channels (token mixing, a table that heads share), the
+    weight is one parameter that the stages share, and what it sums over is tied.
     """
 
     family: ClassVar[str] = "linear"
@@ -122,8 +122,9 @@ class Linear(WeightedLayer):
 
     def labels(self, context: ChannelContext, node: fx.Node) -> Labels:
         labels = context.labels_of(operand_of(node))
-        if labels.shape[-1] == 1 and any(size > 1 for size in labels.shape):
-            return labels
+        if any(size > 1 for size in labels.shape[:-1]):
+            tie_along(context, labels, {labels.ndim - 1})
+            return marked(labels.max(axis=-1, keepdims=True))
         require_sliceable(context.program.module(node))
         columns = self.columns(labels, node)
         if context.is_prediction(node):
@@ -135,12 +136,30 @@ class Linear(WeightedLayer):
 
     def lower(self, builder: StageBuilder, node: fx.Node, where: Layout, stage: int) -> fx.Node:
         labels = builder.labels(operand_of(node))
-        if labels.shape[-1] == 1 and any(size > 1 for size in labels.shape):
-            source = builder.read(operand_of(node), where, stage)
-            return with_share(builder.whole_module(node, (source,), stage), where)
+        if any(size > 1 for size in labels.shape[:-1]):
+            created = whole_along(builder, node, {labels.ndim - 1}, where, stage)
+            return with_share(created, where)
         if builder.is_prediction(node):
             return builder.head(node, stage)
         return builder.thin_layer(node, where, stage)
+
+
+def whole_along(
+    builder: StageBuilder, node: fx.Node, dimensions: set[int], where: Layout, stage: int
+) -> fx.Node:
+    """A module that the stages share, at some positions of the dimensions that it does not look
+    along."""
+    source = operand_of(node)
+    labels, rank = builder.labels(source), len(where.frame)
+    if not where.is_box or any(where.frame[d] > 1 for d in dimensions):
+        result = builder.whole_module(node, (builder.full(source, stage),), stage)
+        return builder.cut(result, node, where, stage)
+    assert where.lists is not None
+    chosen = dict(zip(where.dimensions, where.lists, strict=True))
+    frame = tuple(labels.shape[d] if d in dimensions else where.frame[d] for d in range(rank))
+    lists = tuple(chosen.get(d, tuple(range(frame[d]))) for d in channel_dimensions(frame))
+    part = builder.read(source, layout(frame, box_positions(frame, lists)), stage)
+    return builder.whole_module(node, (part,), stage)
 
 
 def with_share(created: fx.Node, where: Layout) -> fx.Node:

@@ -225,9 +225,10 @@ class Concatenation(OperatorRule):
             raise NoRule("its operands are not a list of tensors")
         operands = [v for v in values if isinstance(v, fx.Node)]
         dimension = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        keep = [n for n in operands if shape_of(n) != (0,)]
         assert isinstance(dimension, int)
-        return keep, dimension % len(shape_of(keep[0]))
+        keep = [n for n in operands if shape_of(n) != (0,)]
+        dimension %= len(shape_of(keep[0]))
+        return [n for n in keep if shape_of(n)[dimension]] or keep, dimension
 
     def lower(self, builder: StageBuilder, node: fx.Node, where: Layout, stage: int) -> fx.Node:
         operands, dimension = self._operands(node)

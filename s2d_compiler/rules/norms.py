@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import fx
 
@@ -10,8 +10,8 @@ from s2d_compiler.analysis.labels import Labels, has_atoms
 from s2d_compiler.layout import Layout
 from s2d_compiler.program import shape_of
 from s2d_compiler.rules.base import NoRule, OperatorRule, register
-from s2d_compiler.rules.channelwise import is_coupling, marked, operand_of
-from s2d_compiler.rules.layers import GROUPS_TO_CUT_BETWEEN
+from s2d_compiler.rules.channelwise import is_coupling, marked, operand_of, tie_along
+from s2d_compiler.rules.layers import GROUPS_TO_CUT_BETWEEN, whole_along
 
 if TYPE_CHECKING:
     from s2d_compiler.analysis.channels import ChannelContext
@@ -86,26 +86,40 @@ class GroupNorm(OperatorRule):
 
 
 class LayerNorm(OperatorRule):
-    """Layer norm over the last dimension: coupled, each stage over its own channels."""
+    """Layer and RMS norm over the last dimension: coupled, each stage over its own channels.
+
+    Where another dimension carries channels too (heads), each of its positions is normalised
+    whole by one module that the stages share.
+    """
 
     family: ClassVar[str] = "layer norm"
     is_coupled: ClassVar[bool] = True
 
     def labels(self, context: ChannelContext, node: fx.Node) -> Labels:
         labels = context.labels_of(operand_of(node))
-        module = context.program.module(node)
-        dimensions = set(range(labels.ndim - len(module.normalized_shape), labels.ndim))
+        dimensions = self._dimensions(context.program.module(node), labels)
         if not any(labels.shape[d] > 1 for d in dimensions):
             return marked(labels)
-        if len(dimensions) > 1 or not is_coupling(labels, dimensions) or (labels < 0).any():
+        if not is_coupling(labels, dimensions):
+            tie_along(context, labels, dimensions)
+            for d in dimensions:
+                labels = labels.max(axis=d, keepdims=True)
+            return marked(labels)
+        if len(dimensions) > 1 or (labels < 0).any():
             raise NoRule("it normalises over more than the channels")
         context.couple(node)
         return labels
 
+    @staticmethod
+    def _dimensions(module: Any, labels: Labels) -> set[int]:
+        return set(range(labels.ndim - len(module.normalized_shape), labels.ndim))
+
     def lower(self, builder: StageBuilder, node: fx.Node, where: Layout, stage: int) -> fx.Node:
         source = operand_of(node)
-        if builder.labels(source).shape[-1] == 1:
-            return builder.whole_module(node, (builder.read(source, where, stage),), stage)
+        labels = builder.labels(source)
+        dimensions = self._dimensions(builder.program.module(node), labels)
+        if not is_coupling(labels, dimensions):
+            return whole_along(builder, node, dimensions, where, stage)
         own = builder.own_layout(source, stage)
         part = builder.thin_per_channel(node, builder.read(source, own, stage), own, stage)
         return builder.choose(part, own, where, stage)
@@ -115,4 +129,4 @@ _BATCH = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
 _INSTANCE = ("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d")
 register(PerChannel(), [*_BATCH, *_INSTANCE, "PReLU"])
 register(GroupNorm(), ["GroupNorm"])
-register(LayerNorm(), ["LayerNorm"])
+register(LayerNorm(), ["LayerNorm", "RMSNorm"])
