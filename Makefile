@@ -14,11 +14,11 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 # One test process per core, and one thread in each: the tests mostly trace graphs in Python.
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
-.PHONY: help venv lint test zoo demo clean
+.PHONY: help venv lint test zoo zoo-table compile-time demo clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## Create .venv and install this project with the tested versions
 
@@ -39,6 +39,16 @@ test: lint ## Everything that a change must pass
 
 zoo: $(STAMP) ## Every classification model of torchvision (make test tries a quarter, by the day)
 	S2D_ZOO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_zoo.py tests/test_interfaces.py
+
+zoo-table: $(STAMP) ## docs/zoo.md: torchvision and timm compiled and proven (hours; goes on where it stopped)
+	$(BIN)/python -m benchmarks.zoo torchvision
+	$(BIN)/python -m benchmarks.zoo segmentation
+	$(BIN)/python -m benchmarks.zoo timm
+	$(BIN)/python -m benchmarks.zoo --write docs/zoo.md
+
+compile-time: $(STAMP) ## docs/compile-time.md: the compiler's own time and memory, beside Torch-Pruning
+	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]' --constraint constraints.txt
+	$(BIN)/python -m benchmarks.compile_time --write docs/compile-time.md
 
 demo: $(STAMP) ## Train, compile, fine-tune and measure a small network, in about two minutes
 	@mkdir -p $(DEMO)
