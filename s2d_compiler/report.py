@@ -13,7 +13,8 @@ from torch import fx
 
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.analysis.cost import static_macs
-from s2d_compiler.program import Dropped, operator_name, path_of
+from s2d_compiler.analysis.labels import Labels, is_versioned
+from s2d_compiler.program import Dropped, is_scalar, operator_name, path_of
 from s2d_compiler.rules.layers import is_layer
 
 
@@ -250,17 +251,16 @@ def report_of(assignment: StageAssignment, stages: Sequence[fx.GraphModule] = ()
     """What the plan does to every layer of the program."""
     program, channels = assignment.program, assignment.channels
     rows: list[LayerReport] = []
-    reasons = {u.node: u.reason for u in channels.unknown}
+    reasons = {u.node: u.reason for u in (*channels.unknown, *channels.refused)}
     for node in program.nodes:
         macs = static_macs(program, node) if node.op in ("call_module", "call_function") else 0
         name = channels.layer_of.get(node.name)
         if name is None and not macs:
             continue
         if name is None:
-            reason = reasons.get(node.name, "it has no channels of its own")
-            status = "whole" if node.name in reasons else "shared" if is_layer(node) else "cut"
+            status, reason, owned = _status_without_channels(assignment, node, reasons)
             rows.append(
-                LayerReport(path_of(node) or operator_name(node), status, reason, "", macs, ())
+                LayerReport(path_of(node) or operator_name(node), status, reason, "", macs, owned)
             )
             continue
         layer = channels.layers[name]
@@ -312,25 +312,60 @@ def _fallback_uses(
     return tuple(sorted(uses, key=lambda u: (-u.extra_macs, -u.macs)))
 
 
+def _status_without_channels(
+    assignment: StageAssignment, node: fx.Node, reasons: Mapping[str, str]
+) -> tuple[str, str, tuple[int, ...]]:
+    """Status of a product of values, or of a layer whose weight has no channel axis.
+
+    A product is cut if every stage runs it on channels of its own: those of its result, or,
+    where each stage has its own version of the result, those of an operand.
+    """
+    channels = assignment.channels
+    if node.name in reasons:
+        return "whole", reasons[node.name], ()
+    if is_layer(node):
+        return "shared", "", ()
+    labels = channels.labels[node.name]
+    owned = _owned(assignment, labels)
+    if all(owned):
+        return "cut", "", owned
+    if not any(owned) and is_versioned(labels):
+        operands = [channels.labels[n.name] for n in node.all_input_nodes if not is_scalar(n)]
+        if any(all(_owned(assignment, a)) for a in operands):
+            return "cut", "", ()
+        return "whole", "every stage runs it at full size", ()
+    if not any(owned):
+        return "whole", "it depends on no channel, so it runs once", ()
+    return "whole", _too_few(labels[labels >= 0], owned), owned
+
+
+def _owned(assignment: StageAssignment, labels: Labels) -> tuple[int, ...]:
+    """How many positions each stage owns."""
+    owners = assignment.owner_of(labels)
+    return tuple(int((owners == stage).sum()) for stage in range(1, assignment.thin_stages + 1))
+
+
+def _too_few(labels: Labels, owned: tuple[int, ...]) -> str:
+    """Why some stages own none of these channels."""
+    empty = ", ".join(str(i) for i, count in enumerate(owned, start=1) if not count)
+    return (
+        f"its {labels.size} channels move as {len(np.unique(labels))} (tied by the operators "
+        f"between layers), so stage {empty} owns none"
+    )
+
+
 def _status(assignment: StageAssignment, node: str, name: str) -> tuple[str, str, tuple[int, ...]]:
     channels = assignment.channels
     if node in channels.predictions:
         return "prediction", "", ()
     rows = channels.layers[name].rows
-    owners = assignment.owner_of(rows)
-    owned = tuple(int((owners == stage).sum()) for stage in range(1, assignment.thin_stages + 1))
+    owned = _owned(assignment, rows)
     if all(owned):
         return "cut", "", owned
-    empty = ", ".join(str(i) for i, count in enumerate(owned, start=1) if not count)
     pinned = {a for family in channels.families for a in family.atoms[: family.pinned]}
     if pinned.issuperset(rows.tolist()):
         return "whole", "its output gates channels of others, so it belongs to stage 1", owned
-    atoms = len(np.unique(rows))
-    reason = (
-        f"its {len(rows)} channels move as {atoms} (tied by the operators between layers), "
-        f"so stage {empty} owns none"
-    )
-    return "whole", reason, owned
+    return "whole", _too_few(rows, owned), owned
 
 
 #: Share of the original above which a report says what stage 1 pays for.

@@ -39,8 +39,6 @@ UNKNOWN = {
     "MixedAxes": {"Conv2d"},
     "WrittenByIndex": {"aten.index_put"},
     "Recurrent": {"aten.lstm"},
-    "StandardizedConvolution": {"aten.conv2d"},
-    "Attention": {"aten.view", "aten.scaled_dot_product_attention"},
 }
 
 

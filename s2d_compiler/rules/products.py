@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from s2d_compiler.program import SAMPLE_BATCH, batch_dimensions, concrete, shape_of, tensor_value
@@ -23,7 +24,9 @@ def product_macs(node: fx.Node) -> int:
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return 0
-    shapes = [shape_of(n) for n in node.all_input_nodes if tensor_value(n) is not None]
+    given = tree_leaves((node.args, dict(node.kwargs)))  # an operand may stand there twice
+    operands = [n for n in given if isinstance(n, fx.Node) and tensor_value(n) is not None]
+    shapes = [shape_of(n) for n in operands]
     sized = [node] if tensor_value(node) is not None else node.all_input_nodes
     free = any(batch_dimensions(n) for n in sized)
     batch = SAMPLE_BATCH if free else int(node.meta.get("fixed_batch", 1))
@@ -68,8 +71,10 @@ def _einsum_macs(equation: str, shapes: list[tuple[int, ...]]) -> int:
     later = equation.replace(" ", "").partition("->")[2]
     for position, (term, shape) in enumerate(zip(terms[1:], shapes[1:], strict=True), start=2):
         both = held | _named_sizes(term, shape)
-        total += _size(tuple(both.values()))
         needed = set("".join(terms[position:])) | set(later)
+        summed = [k for k in _named_sizes(term, shape) if k in held and k not in needed]
+        if any(both[k] > 1 for k in summed):  # torch multiplies elementwise otherwise
+            total += _size(tuple(both.values()))
         held = {k: n for k, n in both.items() if k in needed or k.startswith(".")}
     return total
 
