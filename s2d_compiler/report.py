@@ -348,9 +348,12 @@ def _owned(assignment: StageAssignment, labels: Labels) -> tuple[int, ...]:
 def _too_few(labels: Labels, owned: tuple[int, ...]) -> str:
     """Why some stages own none of these channels."""
     empty = ", ".join(str(i) for i, count in enumerate(owned, start=1) if not count)
+    count, atoms = labels.size, len(np.unique(labels))
+    if count == atoms:
+        return f"it has {count} to share out, so stage {empty} owns none"
     return (
-        f"its {labels.size} channels move as {len(np.unique(labels))} (tied by the operators "
-        f"between layers), so stage {empty} owns none"
+        f"its {count} channels move as {atoms} (tied by the operators between layers), "
+        f"so stage {empty} owns none"
     )
 
 

@@ -119,3 +119,32 @@ def test_inspect_gives_the_price_before_a_plan_is_chosen() -> None:
 def test_reports_survive_a_round_trip() -> None:
     report = transform(Net(), PLAN).report
     assert Report.from_dict(report.to_dict()) == report
+
+
+class OneHead(nn.Module):
+    """Attention with a single head beside a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3)
+        self.qkv = nn.Linear(16, 48)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.conv(x).flatten(2).transpose(1, 2)).chunk(3, -1)
+        weights = (q @ k.transpose(1, 2)).softmax(-1)
+        return self.head((weights @ v).mean(1))
+
+
+def test_a_product_that_not_every_stage_runs_on_channels_of_its_own_is_whole() -> None:
+    plan = {"stages": 3, "groups": 8, "default": {"split": [4, 6], "concat": "none"}}
+    report = transform(OneHead(), plan, (torch.randn(2, 3, 8, 8),)).report
+    layers = ("conv", "qkv", "head")
+    scores, mixed = (r for r in report.layers if r.layer not in layers)
+    assert mixed.status == "cut"
+    assert all(mixed.channels)
+    assert scores.status == "whole"
+    assert "owns none" in scores.reason
+    whole = sum(r.macs for r in report.layers if r.status == "whole")
+    assert scores.macs <= whole
+    assert report.cut_share == 1 - whole / report.original_macs
