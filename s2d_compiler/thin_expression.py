@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
@@ -54,10 +55,17 @@ def slice_expression(
     Raises:
         NotSliceable: They cannot be computed without the others.
     """
-    return _Slicer(layer, list(rows), list(columns)).run()
+    return _Slicer(_trace(layer), list(rows), list(columns)).run()
 
 
+_TRACES: WeakKeyDictionary[ComputedLayer, _Trace] = WeakKeyDictionary()
 _REASONS: WeakKeyDictionary[ComputedLayer, str] = WeakKeyDictionary()
+
+
+def _trace(layer: ComputedLayer) -> _Trace:
+    if layer not in _TRACES:
+        _TRACES[layer] = _Trace(layer)
+    return _TRACES[layer]
 
 
 def why_not_sliceable(layer: ComputedLayer) -> str:
@@ -103,8 +111,20 @@ class _Labels:
     rows: Numbers
     columns: Numbers
 
+    def compressed(self) -> _Labels:
+        """The same labels with size 1 along dimensions that they do not vary along."""
+        return _Labels(_compressed(self.rows), _compressed(self.columns))
+
     def merge(self, other: _Labels) -> _Labels:
         return _Labels(_merged(self.rows, other.rows), _merged(self.columns, other.columns))
+
+
+def _compressed(labels: Numbers) -> Numbers:
+    for d in range(labels.dim()):
+        first = labels.narrow(d, 0, 1) if labels.shape[d] > 1 else labels
+        if first is not labels and bool((labels == first).all()):
+            labels = first
+    return labels.clone()
 
 
 def _merged(a: Numbers, b: Numbers) -> Numbers:
@@ -114,44 +134,21 @@ def _merged(a: Numbers, b: Numbers) -> Numbers:
 
 
 @dataclass
-class _Slicer:
+class _Trace:
+    """What every element of every value of an expression leads to; the same for all slices."""
+
     layer: ComputedLayer
-    rows: list[int]
-    columns: list[int]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     labels: dict[str, _Labels] = field(default_factory=dict)
-    numbers: dict[str, Numbers] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
-    constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def run(self) -> ThinExpression:
-        expression = self.layer.expression
+    def __post_init__(self) -> None:
         tensors = self.layer.tensors()
         meta = {k: torch.empty_like(t, device="meta") for k, t in tensors.items()}
-        for name, value in expression.values(meta).items():
+        for name, value in self.layer.expression.values(meta).items():
             first = value[0] if isinstance(value, tuple | list) else value
             self.shapes[name] = tuple(first.shape)
         self._backward()
-        index: dict[str, tuple[tuple[int, ...], ...]] = {}
-        for name in tensors:
-            if name in self.labels:
-                index[name] = self._kept(name)
-                self.numbers[name] = _take(_arange(self.shapes[name]), index[name])
-            else:
-                index[name] = tuple((0,) * 0 for _ in self.shapes[name])
-        for step in expression.steps:
-            if step.name in self.labels:
-                self._forward(step)
-        weight = self._final(expression.weight, (self.rows, self.columns))
-        bias = None
-        if expression.bias is not None:
-            bias = self._final(expression.bias, (self.rows,))
-        used = {n for step in self.steps for n in step.operands()} | {weight, bias}
-        return ThinExpression(
-            Expression(tuple(self.steps), weight, bias),
-            {name: where for name, where in index.items() if name in used},
-            self.constants,
-        )
+        self.labels = {name: found.compressed() for name, found in self.labels.items()}
 
     # -- backwards: what leads where ---------------------------------------------------------------
 
@@ -171,22 +168,42 @@ class _Slicer:
         for step in reversed(expression.steps):
             if step.name in self.labels:
                 self._pull(step, self.labels[step.name])
+        for step in expression.steps:
+            if step.name in self.labels:
+                self._push(step)
 
     def _lead(self, name: str, labels: _Labels) -> None:
         self.labels[name] = self.labels[name].merge(labels) if name in self.labels else labels
 
     def _pull(self, step: Step, labels: _Labels) -> None:
         for position, operand in enumerate(step.operands()):
-            ids = self._ids(step, position, operand)
+            ids = self.ids(step, position, operand)
             shape = self.shapes[operand]
-            if ids is None:  # a reduction: every element leads where its result leads
-                to = self._reduced_ids(step, operand)
+            if ids is not None and _is_order(ids, shape):
+                rows, columns = labels.rows.reshape(shape), labels.columns.reshape(shape)
+            elif ids is None:  # a reduction: every element leads where its result leads
+                to = self.reduced_ids(step, operand)
                 rows, columns = (x.reshape(-1)[to] for x in (labels.rows, labels.columns))
             else:
                 rows, columns = (_scatter(x, ids, shape) for x in (labels.rows, labels.columns))
             self._lead(operand, _Labels(rows, columns))
 
-    def _ids(self, step: Step, position: int, operand: str) -> Numbers | None:
+    def _push(self, step: Step) -> None:
+        """What is absent of an operand is absent of what it is moved or mapped to."""
+        for position, operand in enumerate(step.operands()):
+            ids = self.ids(step, position, operand)
+            if ids is None or operand not in self.labels:
+                continue
+            known = self.labels[operand]
+            if bool((ids < 0).any()):
+                continue
+            rows, columns = (x.reshape(-1)[ids] for x in (known.rows, known.columns))
+            mine = self.labels[step.name]
+            unused = mine.rows == UNUSED
+            rows, columns = (x.masked_fill(unused, UNUSED) for x in (rows, columns))
+            self.labels[step.name] = mine.merge(_Labels(rows, columns))
+
+    def ids(self, step: Step, position: int, operand: str) -> Numbers | None:
         """Per element of the result, the element of an operand that it comes from (-1: from
         another operand); None for reductions."""
         name, shape = getattr(step.target, "_opname", ""), self.shapes[step.name]
@@ -200,7 +217,7 @@ class _Slicer:
             moved: Numbers = step.target(*args, **kwargs)
             return moved
         if name in ("cat", "concat"):
-            return self._concatenated_ids(step, position)
+            return self.concatenated_ids(step, position)
         if name in _PER_ELEMENT:
             return numbers.expand(shape) if numbers.dim() <= len(shape) else None
         if name in _SAME_SHAPE:
@@ -213,7 +230,7 @@ class _Slicer:
             return None
         raise NotSliceable(f"{name} is in the way")
 
-    def _concatenated_ids(self, step: Step, position: int) -> Numbers:
+    def concatenated_ids(self, step: Step, position: int) -> Numbers:
         dimension = step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", 0)
         pieces = [
             _arange(self.shapes[n])
@@ -223,49 +240,100 @@ class _Slicer:
         ]
         return torch.cat(pieces, dimension)
 
-    def _reduced_ids(self, step: Step, operand: str) -> Numbers:
+    def reduced_ids(self, step: Step, operand: str) -> Numbers:
         """Per element of a reduction's operand, the element of its result."""
         shape, target = self.shapes[operand], self.shapes[step.name]
         result = _arange(target)
         if len(target) != len(shape):
-            result = result.reshape(self._with_kept(step, shape, target))
+            result = result.reshape(self.with_kept(step, shape, target))
         if any(n not in (1, m) for n, m in zip(result.shape, shape, strict=True)):
             raise NotSliceable("a reduction of it cannot be followed")
         return result.expand(shape)
 
-    @staticmethod
-    def _with_kept(step: Step, shape: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, ...]:
+    def with_kept(
+        self, step: Step, shape: tuple[int, ...], target: tuple[int, ...]
+    ) -> tuple[int, ...]:
         """The result's shape with the reduced dimensions of size 1."""
-        schema = [a.name for a in step.target._schema.arguments]
-        given = dict(zip(schema, step.args, strict=False)) | dict(step.kwargs)
-        dims = given.get("dim")
-        every = range(len(shape)) if dims is None or dims == [] else dims
-        reduced = {d % len(shape) for d in (every if not isinstance(every, int) else [every])}
+        reduced = reduced_dimensions(step, len(shape))
         kept = tuple(1 if d in reduced else n for d, n in enumerate(shape))
         if math.prod(kept) != math.prod(target):
             raise NotSliceable("a reduction of it cannot be followed")
         return kept
 
+
+def reduced_dimensions(step: Step, rank: int) -> set[int]:
+    """The dimensions that a reduction reduces."""
+    schema = [a.name for a in step.target._schema.arguments]
+    given = dict(zip(schema, step.args, strict=False)) | dict(step.kwargs)
+    dims = given.get("dim")
+    if dims is None or dims == []:
+        return set(range(rank))
+    return {d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
+
+
+@dataclass
+class _Slicer:
+    """Builds the expression of some rows and columns."""
+
+    trace: _Trace
+    rows: list[int]
+    columns: list[int]
+    numbers: dict[str, Numbers] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def run(self) -> ThinExpression:
+        layer, shapes = self.trace.layer, self.trace.shapes
+        expression, labels = layer.expression, self.trace.labels
+        index: dict[str, tuple[tuple[int, ...], ...]] = {}
+        for name in layer.tensors():
+            if name in labels:
+                index[name] = self._kept(name)
+                self.numbers[name] = _take(_arange(shapes[name]), index[name])
+            else:
+                index[name] = tuple((0,) * 0 for _ in shapes[name])
+        for step in expression.steps:
+            if step.name in labels:
+                self._forward(step)
+        weight = self._final(expression.weight, (self.rows, self.columns))
+        bias = None
+        if expression.bias is not None:
+            bias = self._final(expression.bias, (self.rows,))
+        used = {n for step in self.steps for n in step.operands()} | {weight, bias}
+        return ThinExpression(
+            Expression(tuple(self.steps), weight, bias),
+            {name: where for name, where in index.items() if name in used},
+            self.constants,
+        )
+
     # -- forwards: the same operators on what is kept ----------------------------------------------
 
     def _kept(self, name: str) -> tuple[tuple[int, ...], ...]:
         """Positions that a stage keeps, per dimension, in the order of its rows and columns."""
-        labels = self.labels[name]
-        shape = weight_shape(self.layer)
-        row_rank, column_rank = _ranks(self.rows, shape[0]), _ranks(self.columns, shape[1])
-        rows, columns = row_rank[labels.rows + 2], column_rank[labels.columns + 2]
+        labels, shape = self.trace.labels[name], self.trace.shapes[name]
+        size = weight_shape(self.trace.layer)
+        rows = _ranks(self.rows, size[0])[labels.rows + 2]
+        columns = _ranks(self.columns, size[1])[labels.columns + 2]
+        if (direct := _direct_lists(rows, columns, shape)) is not None:
+            return direct
+        frame = np.broadcast_shapes(tuple(rows.shape), tuple(columns.shape))
+        rows, columns = rows.expand(frame), columns.expand(frame)
         keep = (rows >= 0) & (columns >= 0)
+        far = torch.iinfo(torch.long).max
         lists: list[tuple[int, ...]] = []
         for d in range(keep.dim()):
+            if keep.shape[d] == 1:
+                lists.append(tuple(range(shape[d])) if bool(keep.any()) else ())
+                continue
             others = [e for e in range(keep.dim()) if e != d]
             some = keep.amax(others) if others else keep
             found = torch.nonzero(some).flatten().tolist()
-            far = torch.iinfo(torch.long).max
             first_row = torch.where(keep, rows, far).amin(others) if others else rows
             first_column = torch.where(keep, columns, far).amin(others) if others else columns
             keys = list(zip(first_row.tolist(), first_column.tolist(), strict=True))
             lists.append(tuple(sorted(found, key=lambda p, k=keys: (*k[p], p))))  # type: ignore[misc]
-        if math.prod(len(chosen) for chosen in lists) != int(keep.sum()):
+        varying = [len(lists[d]) for d in range(keep.dim()) if keep.shape[d] > 1]
+        if math.prod(varying) != int(keep.sum()) and keep.numel() > 1:
             raise NotSliceable("what leads to some rows and columns of it is no box")
         return tuple(lists)
 
@@ -286,10 +354,10 @@ class _Slicer:
             self._map(step, operands)
 
     def _move(self, step: Step, operand: str) -> None:
-        ids = self._ids(step, 0, operand)
+        ids = self.trace.ids(step, 0, operand)
         assert ids is not None
         where = self._kept(step.name)
-        wanted = _take(_arange(self.shapes[step.name]), where)
+        wanted = _take(_arange(self.trace.shapes[step.name]), where)
         source, held = ids.reshape(-1)[wanted], self.numbers[operand]
         self.numbers[step.name] = wanted
         if source.numel() == held.numel() and torch.equal(source.reshape(-1), held.reshape(-1)):
@@ -310,11 +378,12 @@ class _Slicer:
 
     def _gather(self, operand: str, held: Numbers, source: Numbers, name: str) -> None:
         """Pick elements one by one: always right, never fast."""
-        place = {int(n): k for k, n in enumerate(held.reshape(-1).tolist())}
-        try:
-            index = torch.tensor([place[int(n)] for n in source.reshape(-1).tolist()])
-        except KeyError as error:
-            raise NotSliceable("some rows of it need others") from error
+        order = torch.argsort(held.reshape(-1))
+        in_order, wanted = held.reshape(-1)[order], source.reshape(-1)
+        at = torch.searchsorted(in_order, wanted).clamp(max=max(0, len(in_order) - 1))
+        if not len(in_order) or not torch.equal(in_order[at], wanted):
+            raise NotSliceable("some rows of it need others")
+        index = order[at]
         constant = f"{INDEX}{len(self.constants)}"
         self.constants[constant] = index.long()
         self._reshape(operand, [-1], f"{name}_flat")
@@ -326,7 +395,7 @@ class _Slicer:
         dimension = step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", 0)
         pieces = []
         for position, operand in enumerate(step.operands()):
-            ids = self._concatenated_ids(step, position).reshape(-1)
+            ids = self.trace.concatenated_ids(step, position).reshape(-1)
             inside = torch.nonzero(ids >= 0).flatten()
             to = torch.empty_like(inside)
             to[ids[inside]] = inside
@@ -334,27 +403,24 @@ class _Slicer:
         self.numbers[step.name] = torch.cat(pieces, dimension)
 
     def _reduce(self, step: Step, operand: str) -> None:
-        to = self._reduced_ids(step, operand)
+        to = self.trace.reduced_ids(step, operand)
         held = to.reshape(-1)[self.numbers[operand]]
-        kept = self._with_kept(step, self.shapes[operand], self.shapes[step.name])
-        for d, size in enumerate(kept):
-            if size == 1 and held.shape[d] > 1:
-                held = held.narrow(d, 0, 1)
-        if len(self.shapes[step.name]) != held.dim():
-            flat = [d for d, size in enumerate(kept) if size == 1 and self.shapes[operand][d] > 1]
-            extra = held.dim() - len(self.shapes[step.name])
-            for d in sorted(flat or range(extra), reverse=True)[:extra]:
+        reduced = sorted(reduced_dimensions(step, held.dim()), reverse=True)
+        for d in reduced:
+            held = held.narrow(d, 0, 1) if held.shape[d] > 1 else held
+        if len(self.trace.shapes[step.name]) != held.dim():
+            for d in reduced:
                 held = held.squeeze(d)
         self.numbers[step.name] = held
 
     def _map(self, step: Step, operands: list[str]) -> None:
-        shape = self.shapes[step.name]
-        full = [n for n in operands if self.shapes[n] == shape]
+        shape = self.trace.shapes[step.name]
+        full = [n for n in operands if self.trace.shapes[n] == shape]
         if not full:
             raise NotSliceable("it is an outer product")
         held = self.numbers[full[0]]
         for position, operand in enumerate(operands):
-            ids = self._ids(step, position, operand)
+            ids = self.trace.ids(step, position, operand)
             assert ids is not None
             mine = self.numbers[operand]
             if getattr(step.target, "_opname", "") == "batch_norm" and position:
@@ -369,7 +435,7 @@ class _Slicer:
 
     def _final(self, name: str, order: tuple[list[int], ...]) -> str:
         """The name of a result in the order that the layer needs."""
-        shape = self.shapes[name]
+        shape = self.trace.shapes[name]
         lists = [*order, *(range(n) for n in shape[len(order) :])]
         wanted = _take(_arange(shape), tuple(tuple(chosen) for chosen in lists))
         held = self.numbers[name]
@@ -411,6 +477,32 @@ def _scatter(labels: Numbers, ids: Numbers, shape: tuple[int, ...]) -> Numbers:
     low = torch.full((count,), far).scatter_reduce(0, flat, values, "amin")
     several = (high != low) & (high > UNUSED)
     return torch.where(several, ANY, high).reshape(shape)
+
+
+def _direct_lists(
+    rows: Numbers, columns: Numbers, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...] | None:
+    """Positions kept where rows lie along one dimension and columns along another."""
+    along = [[d for d in range(x.dim()) if x.shape[d] > 1] for x in (rows, columns)]
+    if any(len(dims) > 1 for dims in along) or (along[0] and along[0] == along[1]):
+        return None
+    lists = [tuple(range(n)) for n in shape]
+    for ranks, dims in zip((rows, columns), along, strict=True):
+        flat = ranks.reshape(-1)
+        if not dims:
+            if flat.numel() and int(flat[0]) < 0:
+                return tuple(() for _ in shape)
+            continue
+        order = torch.argsort(flat, stable=True)
+        lists[dims[0]] = tuple(order[flat[order] >= 0].tolist())
+    return tuple(lists)
+
+
+def _is_order(ids: Numbers, shape: tuple[int, ...]) -> bool:
+    """Whether a result holds the elements of its operand one by one in their order."""
+    if ids.numel() != math.prod(shape):
+        return False
+    return torch.equal(ids.reshape(-1), torch.arange(ids.numel()))
 
 
 def _ranks(chosen: list[int], size: int) -> Numbers:
