@@ -181,6 +181,8 @@ class _Run:
         if node.op != "call_module":
             return node.target(part, *rest, **kwargs)  # type: ignore[operator, no-any-return]
         module = self.program.module(node)
+        if isinstance(module, nn.modules.conv._ConvNd):  # along channels
+            return module(part)  # type: ignore[no-any-return]
         index = torch.from_numpy(own)
         weight = None if module.weight is None else module.weight[index]
         if isinstance(module, nn.RMSNorm):

@@ -30,13 +30,11 @@ ONE_STAGE = {"stages": 1, "default": {"split": [], "concat": "none"}}
 UNKNOWN = {
     "LocalResponse": {"aten.avg_pool3d"},
     "RunningSum": {"aten.cumsum"},
-    "ChannelAttention1d": {"Conv1d"},
     "Einsum": {"aten.einsum"},
     "GatedVersions": {"aten.cumsum"},
     "ReadNumbers": {"aten.argmax", "aten.item", "aten.select"},
     "VectorQuantised": {"aten.argmin", "aten.index"},
     "TiedDecoder": {"ConvTranspose2d"},
-    "MixedAxes": {"Conv2d"},
     "WrittenByIndex": {"aten.index_put"},
     "Recurrent": {"aten.lstm"},
 }

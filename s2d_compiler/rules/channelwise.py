@@ -44,6 +44,24 @@ def tie_along(context: ChannelContext, labels: Labels, dimensions: set[int]) -> 
             context.ties.tie(anchor, labels)
 
 
+def gathered(context: ChannelContext, labels: Labels, dimension: int, reason: str) -> Labels:
+    """Labels along one dimension alone: where others carry channels besides (what is behind a
+    pixel shuffle), these are tied.
+
+    Raises:
+        NoRule: Channels lie along other dimensions only.
+    """
+    others = {d for d in range(labels.ndim) if labels.shape[d] > 1} - {dimension % labels.ndim}
+    if not others:
+        return labels
+    if labels.shape[dimension] == 1:
+        raise NoRule(reason)
+    tie_along(context, labels, others)
+    for d in others:
+        labels = labels.max(axis=d, keepdims=True)
+    return labels
+
+
 class Window(OperatorRule):
     """Pooling, interpolation and resampling over the trailing dimensions."""
 
@@ -56,7 +74,7 @@ class Window(OperatorRule):
         labels = context.labels_of(operand_of(node))
         rank = self.rank if self.rank is not None else labels.ndim - 2
         if any(labels.shape[d] > 1 for d in range(labels.ndim - rank, labels.ndim)):
-            raise NoRule("it pools over channels")
+            labels = gathered(context, labels, labels.ndim - rank - 1, "it pools over channels")
         return marked(labels)
 
     def lower(self, builder: StageBuilder, node: fx.Node, where: Layout, stage: int) -> fx.Node:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from torch import fx, nn
 
-from s2d_compiler.analysis.labels import NOBODY, VERSIONED, Labels, uniform
+from s2d_compiler.analysis.labels import NOBODY, VERSIONED, Labels, has_atoms, uniform
 from s2d_compiler.computed import ComputedLayer, weight_shape
 from s2d_compiler.layout import Layout, box_positions, channel_dimensions, layout
 from s2d_compiler.program import shape_of
 from s2d_compiler.raising import schema_arguments
 from s2d_compiler.rules.base import NoRule, OperatorRule, register
-from s2d_compiler.rules.channelwise import marked, operand_of, tie_along
+from s2d_compiler.rules.channelwise import gathered, marked, operand_of, tie_along
 from s2d_compiler.rules.products import product_macs
 from s2d_compiler.thin_expression import why_not_sliceable
 
@@ -31,14 +31,13 @@ class WeightedLayer(OperatorRule):
     #: Dimension of the operand that holds the input channels.
     channel_dimension: ClassVar[int]
 
-    def columns(self, context_labels: Labels, node: fx.Node) -> Labels:
+    def columns(self, context: ChannelContext, node: fx.Node) -> Labels:
         """Label of every input channel."""
-        shape = shape_of(operand_of(node))
+        labels, shape = context.labels_of(operand_of(node)), shape_of(operand_of(node))
         d = self.channel_dimension % len(shape)
-        other = [context_labels.shape[k] for k in range(len(shape)) if k != d]
-        if any(size > 1 for size in other):
-            raise NoRule("channels lie along a dimension that the layer does not contract")
-        return np.broadcast_to(context_labels.reshape(-1), (shape[d],)).copy()
+        reason = "channels lie along a dimension that the layer does not contract"
+        labels = gathered(context, labels, d, reason)
+        return np.broadcast_to(labels.reshape(-1), (shape[d],)).copy()
 
     def result(self, node: fx.Node, rows: Labels) -> Labels:
         """Labels of the result from the labels of its output channels."""
@@ -72,7 +71,9 @@ class Convolution(WeightedLayer):
         if len(shape_of(operand)) != len(weight_shape(module)):
             raise NoRule("its operand has no batch dimension")
         require_sliceable(module)
-        columns = self.columns(context.labels_of(operand), node)
+        if (along := self._along_channels(context, node)) is not None:
+            return along
+        columns = self.columns(context, node)
         if context.is_prediction(node):
             context.read_layer(node, columns)
             _tie_columns(context, columns.reshape(module.groups, -1))
@@ -92,10 +93,52 @@ class Convolution(WeightedLayer):
                 _tie_columns(context, by_in)
         return self.result(node, rows)
 
+    def _along_channels(self, context: ChannelContext, node: fx.Node) -> Labels | None:
+        """Labels of a convolution that moves along channels; None for any other."""
+        labels, module = context.labels_of(operand_of(node)), context.program.module(node)
+        if not _moves_along(labels):
+            return None
+        dimensions = channel_dimensions(labels.shape)
+        if all(_is_single(module, d - 2) for d in dimensions):
+            return marked(labels)
+        if (
+            not has_atoms(labels)
+            or (labels < 0).any()
+            or len(dimensions) > 1
+            or module.in_channels != 1
+            or module.out_channels != 1
+            or module.stride[dimensions[0] - 2] != 1
+            or shape_of(node)[dimensions[0]] != shape_of(operand_of(node))[dimensions[0]]
+        ):
+            raise NoRule("channels lie along a dimension that it moves along")
+        context.couple(node)
+        return labels
+
     def lower(self, builder: StageBuilder, node: fx.Node, where: Layout, stage: int) -> fx.Node:
+        source = operand_of(node)
         if builder.is_prediction(node):
             return builder.head(node, stage)
-        return builder.thin_layer(node, where, stage)
+        labels = builder.labels(source)
+        if not _moves_along(labels):
+            return builder.thin_layer(node, where, stage)
+        module = builder.program.module(node)
+        if all(_is_single(module, d - 2) for d in channel_dimensions(labels.shape)):
+            return with_share(whole_along(builder, node, {1}, where, stage), where)
+        own = builder.own_layout(source, stage)
+        part = builder.whole_module(node, (builder.read(source, own, stage),), stage)
+        return builder.choose(with_share(part, own), own, where, stage)
+
+
+def _moves_along(labels: Labels) -> bool:
+    """Whether channels lie along the positions of a convolution's operand alone."""
+    return labels.shape[1] == 1 and any(size > 1 for size in labels.shape[2:])
+
+
+def _is_single(module: Any, dimension: int) -> bool:
+    """Whether a convolution looks at one position at a time along a spatial dimension."""
+    one = module.kernel_size[dimension] == 1 and module.stride[dimension] == 1
+    padded = module.padding not in ("same", "valid") and module.padding[dimension] != 0
+    return one and not padded and not module.transposed
 
 
 def _tie_columns(context: ChannelContext, by_group: Labels) -> None:
@@ -126,7 +169,7 @@ class Linear(WeightedLayer):
             tie_along(context, labels, {labels.ndim - 1})
             return marked(labels.max(axis=-1, keepdims=True))
         require_sliceable(context.program.module(node))
-        columns = self.columns(labels, node)
+        columns = self.columns(context, node)
         if context.is_prediction(node):
             context.read_layer(node, columns)
             return uniform(len(shape_of(node)), VERSIONED)

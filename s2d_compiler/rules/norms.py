@@ -10,7 +10,7 @@ from s2d_compiler.analysis.labels import Labels, has_atoms
 from s2d_compiler.layout import Layout
 from s2d_compiler.program import shape_of
 from s2d_compiler.rules.base import NoRule, OperatorRule, register
-from s2d_compiler.rules.channelwise import is_coupling, marked, operand_of, tie_along
+from s2d_compiler.rules.channelwise import gathered, is_coupling, marked, operand_of, tie_along
 from s2d_compiler.rules.layers import GROUPS_TO_CUT_BETWEEN, whole_along
 
 if TYPE_CHECKING:
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
     from s2d_compiler.staging import StageBuilder
 
 
-def only_dimension(labels: Labels, dimension: int) -> None:
-    """Require that channels lie along one dimension alone."""
-    if any(size > 1 for d, size in enumerate(labels.shape) if d != dimension % labels.ndim):
-        raise NoRule(f"channels lie along other dimensions than {dimension}")
+_ELSEWHERE = "channels lie along other dimensions than 1"
 
 
 class PerChannel(OperatorRule):
@@ -33,8 +30,7 @@ class PerChannel(OperatorRule):
     family: ClassVar[str] = "norm per channel"
 
     def labels(self, context: ChannelContext, node: fx.Node) -> Labels:
-        labels = context.labels_of(operand_of(node))
-        only_dimension(labels, 1)
+        labels = gathered(context, context.labels_of(operand_of(node)), 1, _ELSEWHERE)
         return marked(labels)
 
     def lower(self, builder: StageBuilder, node: fx.Node, where: Layout, stage: int) -> fx.Node:
@@ -52,8 +48,7 @@ class GroupNorm(OperatorRule):
     is_coupled: ClassVar[bool] = True
 
     def labels(self, context: ChannelContext, node: fx.Node) -> Labels:
-        labels = context.labels_of(operand_of(node))
-        only_dimension(labels, 1)
+        labels = gathered(context, context.labels_of(operand_of(node)), 1, _ELSEWHERE)
         if labels.shape[1] == 1:
             return marked(labels)
         if has_atoms(labels) and (labels < 0).any():

@@ -83,7 +83,7 @@ class StageBuilder(PartReader):
             if owner > stage:
                 return self._zeros(source, where, stage)
             return self.read(source, where, stage)
-        return self._assemble(source, where, stage, hide_later=True)
+        return self._assemble(source, self.refined(source, where), stage, hide_later=True)
 
     def is_cut_between_groups(self, node: fx.Node) -> bool:
         """Whether a layer is a grouped convolution whose groups live in stages of their own."""

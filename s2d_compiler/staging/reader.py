@@ -150,9 +150,25 @@ class PartReader(Emitter):
         finer = [d for d in where.dimensions if own[d] == 1]
         if finer:
             return self._read_finer(node, where, stage, finer)
-        if where.frame != own:
+        return self._assemble(node, self.refined(node, where), stage)
+
+    def refined(self, node: fx.Node, where: Layout) -> Layout:
+        """The same positions in the value's own frame, all of them along dimensions that
+        ``where`` does not tell apart.
+
+        Raises:
+            PassError: They cannot be named in it.
+        """
+        own = self.labels(node).shape
+        if where.frame == own:
+            return where
+        if where.lists is None or any(
+            n not in (1, m) for n, m in zip(where.frame, own, strict=True)
+        ):
             raise PassError(f"{place(node)}: channels lie along {own}, not {where.frame}")
-        return self._assemble(node, where, stage)
+        chosen = dict(zip(where.dimensions, where.lists, strict=True))
+        lists = tuple(chosen.get(d, tuple(range(own[d]))) for d in channel_dimensions(own))
+        return layout(own, box_positions(own, lists))
 
     def read_packed(self, node: fx.Node, where: Layout, stage: int) -> fx.Node:
         """Like ``read``, in packed layout."""
@@ -255,6 +271,8 @@ class PartReader(Emitter):
             )
         if not where.dimensions:
             return pieces[0][1]
+        if (joined := self._joined(node, where, pieces, stage)) is not None:
+            return joined
         d = where.dimensions[0]
         parts = [self._to_packed(n, node, layout(where.frame, p), stage) for p, n in pieces]
         result = (
@@ -272,6 +290,40 @@ class PartReader(Emitter):
         ):
             result = self.select(result, d, chosen.tolist(), node, stage)
         return self._from_packed(result, node, where, stage)
+
+    def _joined(
+        self,
+        node: fx.Node,
+        where: Layout,
+        pieces: list[tuple[Positions, fx.Node]],
+        stage: int,
+    ) -> fx.Node | None:
+        """Pieces side by side along one dimension, where they differ in no other; else None."""
+        if where.lists is None or len(where.dimensions) < 2:
+            return None
+        held = [layout(where.frame, positions).lists for positions, _ in pieces]
+        if any(lists is None for lists in held):
+            return None
+        wanted = where.lists
+        for k, d in enumerate(where.dimensions):
+            others = [j for j in range(len(wanted)) if j != k]
+            if any(lists[j] != wanted[j] for lists in held if lists for j in others):
+                continue
+            along = [p for lists in held if lists for p in lists[k]]
+            place_of = {p: i for i, p in enumerate(along)}
+            order = [place_of.get(p, len(along)) for p in wanted[k]]
+            parts = [part for _, part in pieces]
+            result = parts[0]
+            if len(parts) > 1:
+                result = self.call(aten.cat.default, (parts, d), node, stage)
+            if len(along) in order:
+                pads = [0, 0] * (len(where.frame) - d)
+                pads[-1] = 1
+                result = self.call(aten.constant_pad_nd.default, (result, pads, 0), node, stage)
+            if order != list(range(len(along) + (len(along) in order))):
+                result = self.select(result, d, order, node, stage)
+            return result
+        return None
 
     def _pieces(
         self, node: fx.Node, owners: list[int], stage: int
