@@ -53,6 +53,7 @@ from s2d_compiler.compiler import compile_program
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import CheckError, S2DError
 from s2d_compiler.program import Program
+from s2d_compiler.report import LayerReport
 from s2d_compiler.tracing import capture
 
 HERE = Path(__file__).parent
@@ -278,21 +279,21 @@ def figures(dyn: DynamicModel) -> dict[str, Any]:
         }
         for f in report.fallbacks
     ]
-    whole: dict[tuple[str, str], list[int]] = {}
+    whole: dict[tuple[str, str], list[LayerReport]] = {}
     for layer in report.whole:
         if layer.reason in {f.reason for f in report.fallbacks} and not layer.channels:
             continue
         key = (re.sub(r"\d+", "*", layer.layer), re.sub(r"\d+", "*", layer.reason))
-        whole.setdefault(key, []).append(layer.macs)
+        whole.setdefault(key, []).append(layer)
     left += [
         {
-            "what": what,
-            "why": why,
-            "places": len(macs),
-            "share": sum(macs) / total,
+            "what": what if len(layers) > 1 else layers[0].layer,
+            "why": layers[0].reason,
+            "places": len(layers),
+            "share": sum(layer.macs for layer in layers) / total,
             "kind": "whole",
         }
-        for (what, why), macs in whole.items()
+        for (what, _), layers in whole.items()
     ]
     return {
         "layers": len(report.layers),
@@ -519,6 +520,7 @@ def run(population: str, names: Sequence[str], arguments: argparse.Namespace) ->
 
 COLUMNS = (
     "model",
+    "input",
     "layers",
     "MACs in cut layers",
     "stage 1",
@@ -526,6 +528,7 @@ COLUMNS = (
     "largest error",
     "proof",
     "seconds",
+    "GB",
 )
 
 
@@ -545,7 +548,7 @@ def left_text(left: Sequence[dict[str, Any]], most: int = 3) -> str:
     for entry in left[:most]:
         places = f" in {entry['places']} places" if entry["places"] > 1 else ""
         share = f", {entry['share']:.1%}" if entry["share"] >= 0.0005 else ""
-        parts.append(f"{entry['what']}{places}{share}: {shorten(entry['why'])}")
+        parts.append(f"`{entry['what']}`{places}{share}: {shorten(entry['why'])}")
     if len(left) > most:
         parts.append(f"{len(left) - most} more")
     return "; ".join(parts)
@@ -553,20 +556,21 @@ def left_text(left: Sequence[dict[str, Any]], most: int = 3) -> str:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """One row of the table."""
+    effort = [f"{row['seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}"]
     if row["outcome"] not in ("proven", "vacuous"):
         why = row["why"].replace("|", "\\|")
-        return [row["model"], "", "", "", "", "", f"**{row['outcome']}**: {why}",
-                f"{row['seconds']:.0f}"]  # fmt: skip
+        return [row["model"], *[""] * 6, f"**{row['outcome']}**: {why}", *effort]
     proof = row["proof"] + (", **shows nothing**" if row["vacuous"] else "")
     return [
         row["model"],
+        "x".join(str(n) for n in row["input"][1:]),
         str(row["layers"]),
         percent(row["cut_share"]),
         f"{row['stage1']:.3f}",
         left_text(row["left"]),
         f"{row['error']:.0e}",
         proof,
-        f"{row['seconds']:.0f}",
+        *effort,
     ]
 
 
@@ -664,7 +668,7 @@ def page(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
         lines += ["", f"## {TITLES[population]}", ""]
         lines += summary(population, mine, len(expected))
         lines += ["", "| " + " | ".join(COLUMNS) + " |"]
-        lines.append("|---|---:|---:|---:|---|---:|---|---:|")
+        lines.append("|---|---|---:|---:|---:|---|---:|---|---:|---:|")
         lines += ["| " + " | ".join(cells(r)) + " |" for r in mine]
     return "\n".join(lines) + "\n"
 
@@ -681,13 +685,15 @@ both results proven. Written by `python -m benchmarks.zoo --results benchmarks/r
 - *MACs in cut layers*: share of the original's multiply-accumulates in layers of which every
   stage owns output channels; prediction layers, weights without a channel axis and attention
   products that every stage runs on its own channels count as cut.
-- *stage 1*: multiply-accumulates of stage 1, its head included, over the original's, without reuse.
+- *stage 1*: multiply-accumulates of stage 1, its head included, over the original's, without
+  reuse, at this input; heads and the layers that read the image weigh more in small inputs.
 - *left whole or versioned*: what is not cut, costliest first, with its share of the MACs.
 - *largest error*: over both plans and all stages, in units of the output's spread over inputs.
 - *proof*: *reference* is the independent reference in `tests/` with all four consequences of
   [semantics.md](semantics.md); *self-check* is the compiler's own masked form, where the reference
   has no rule for the model. Either in float64 with random weights.
-- *seconds*: everything, building, proving and counting included, on one thread.
+- *seconds*, *GB*: everything, building, proving and counting included, on one thread, and the most
+  memory held on the way.
 """
 
 
