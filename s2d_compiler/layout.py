@@ -74,7 +74,7 @@ class Layout:
 
 def layout(frame: Frame, positions: Positions, *, packed: bool = False) -> Layout:
     """The layout of these positions: a box if they form one in row-major order."""
-    return _layout(frame, tuple(int(p) for p in positions), packed)
+    return _layout(frame, tuple(positions.tolist()), packed)
 
 
 @lru_cache(maxsize=65536)

@@ -88,8 +88,8 @@ class Movement(OperatorRule):
                 builder, node, builder.read(source, layout(frame, _ALL), stage), stage
             )
         _require_affordable(shape)
-        numbers = torch.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
-        wanted = take(move(node, numbers, builder.constant), where)
+        numbers, moved = builder.moved_numbers(node, self._numbers)
+        wanted = take(moved, where)
         inner = self._operand_positions(builder, source, frame, shape, wanted)
         held = take(numbers, inner)
         target = where.shape(shape_of(node))
@@ -106,6 +106,14 @@ class Movement(OperatorRule):
         whole = self._as_it_is(builder, node, builder.full(source, stage), stage)
         return builder.cut(whole, node, where, stage)
 
+    @staticmethod
+    def _numbers(builder: StageBuilder, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
+        """Element numbers of the operand, and where the operator puts them."""
+        shape = shape_of(operand_of(node))
+        count = int(np.prod(shape, dtype=np.int64))
+        numbers = torch.arange(count, dtype=torch.int32).reshape(shape)
+        return numbers, move(node, numbers, builder.constant)
+
     def _operand_positions(
         self,
         builder: StageBuilder,
@@ -117,13 +125,14 @@ class Movement(OperatorRule):
         """The operand's positions that the wanted elements come from, in order."""
         if builder.is_weight_expression(source):
             frame = tuple(1 if d in batch_dimensions(source) else n for d, n in enumerate(shape))
-        grid = (
-            torch.arange(int(np.prod(frame, dtype=np.int64)))
-            .reshape(frame)
-            .expand(shape)
-            .reshape(-1)
-        )
-        return layout(frame, torch.unique(grid[wanted.reshape(-1)]).numpy())
+        count = int(np.prod(frame, dtype=np.int64))
+        needed = torch.zeros(int(np.prod(shape, dtype=np.int64)), dtype=torch.bool)
+        needed[wanted.reshape(-1)] = True
+        others = [d for d, n in enumerate(frame) if n == 1 and shape[d] > 1]
+        needed = needed.reshape(shape)
+        if others:
+            needed = needed.amax(others, keepdim=True)
+        return layout(frame, torch.nonzero(needed.expand(frame).reshape(count)).flatten().numpy())
 
     def _moves_alike(
         self, node: fx.Node, held: torch.Tensor, wanted: torch.Tensor, builder: StageBuilder

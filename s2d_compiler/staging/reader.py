@@ -47,6 +47,13 @@ class PartReader(Emitter):
     def constant(self, node: fx.Node) -> torch.Tensor | None:
         return constant_value(self.program, node)
 
+    def moved_numbers(self, node: fx.Node, compute: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``compute`` says of a node, kept until another node is asked for."""
+        if self.last_moved is None or self.last_moved[0] is not node:
+            self.last_moved = (node, compute(self, node))
+        found: tuple[torch.Tensor, torch.Tensor] = self.last_moved[1]
+        return found
+
     def is_weight_expression(self, node: fx.Node) -> bool:
         """Whether a value depends on parameters alone, so that slices of it can be computed
         from slices of them."""
