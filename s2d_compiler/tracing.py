@@ -350,10 +350,8 @@ def _program(
     products_to_layers(graph)
     Raiser(graph_module, lifted.sources, model).run()
     output_spec = _flat_output(graph, exported)
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if batch is not None and isinstance(value, torch.Tensor) and value.shape[:1] == (batch,):
-            node.meta["fixed_batch"] = batch
+    if batch is not None:
+        _mark_fixed_batch(graph, batch)
     graph.lint()
     graph_module.recompile()
     return Program(
@@ -421,6 +419,18 @@ def _module_path(node: fx.Node) -> str:
         return ""
     path = str(list(stack.values())[-1][0])
     return re.sub(r"@\d+", "", path).removeprefix("L['self'].").removeprefix("L__self__")
+
+
+def _mark_fixed_batch(graph: fx.Graph, batch: int) -> None:
+    """Note the batch at every value that holds as many samples, in its first dimension."""
+    sampled: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "placeholder" and not sampled.intersection(node.all_input_nodes):
+            continue
+        sampled.add(node)
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] % batch == 0:
+            node.meta["fixed_batch"] = batch
 
 
 def _flat_output(graph: fx.Graph, exported: torch.export.ExportedProgram) -> Any:

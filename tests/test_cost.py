@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from examples import cifar_models
@@ -63,3 +63,25 @@ def test_one_stage_costs_what_the_original_costs() -> None:
     assert dyn.cost.stages[0].macs == dyn.cost.original_macs == 36 * 8 * 27 + 8 * 36 * 5
     assert dyn.cost.stages[0].parameters == dyn.cost.original_parameters
     assert f"{dyn.cost.original_macs:,}" in str(dyn.cost)
+
+
+class Table(nn.Module):
+    """A layer whose input is a table with no batch: it runs once per call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.mlp = nn.Linear(2, 16)
+        self.head = nn.Linear(16, 5)
+        self.register_buffer("table", torch.randn(6, 8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.mlp(self.table).permute(2, 0, 1)
+        return self.head(torch.relu(self.conv(x) + shift).mean((2, 3)))
+
+
+def test_a_layer_without_a_batch_counts_all_its_positions() -> None:
+    plan = {"stages": 3, "groups": 8, "default": {"split": [4, 6], "concat": "none"}}
+    dyn = transform(Table(), plan, (torch.randn(2, 3, 6, 8),))
+    macs = {row.layer: row.macs for row in dyn.report.layers}
+    assert macs == {"conv": 48 * 27 * 16, "mlp": 48 * 2 * 16, "head": 16 * 5}

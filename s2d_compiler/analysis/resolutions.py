@@ -25,15 +25,16 @@ def _positions(node: fx.Node, channel_dimension: int) -> list[int]:
     shape = shape_of(node)
     channel = channel_dimension % len(shape)
     batch = batch_dimensions(node)
+    fixed = int(node.meta.get("fixed_batch", 1))
     sizes: list[int] = []
     for d, size in enumerate(shape):
         if d == channel:
             continue
-        if d in batch:
-            merged = size // SAMPLE_BATCH
+        if d in batch or (d == 0 and not batch):  # what has no batch is computed once per call
+            merged = size // (SAMPLE_BATCH if batch else fixed)
             if merged > 1:
                 sizes.append(merged)
-        elif batch or d > 0:
+        else:
             sizes.append(size)
     return sizes if channel == 1 and len(shape) > 2 else ([_product(sizes)] if sizes else [])
 
