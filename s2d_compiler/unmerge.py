@@ -176,25 +176,34 @@ class _Unmerger:
         return Open(moved, groups)
 
     def aligned(self, operand: fx.Node, groups: Sequence[tuple[Size, ...]]) -> fx.Node | None:
-        """An operand of an elementwise operator in a form that broadcasts against open values."""
+        """An operand in a form that broadcasts against open values of these groups; None where
+        its own dimensions are put together in another way."""
         own = self.opened.get(operand)
         shape = _sizes(operand)
         if shape is None:
             return None
-        tail = list(groups)[len(groups) - len(shape) :]
-        if own is not None:
-            mine = [g if len(g) == len(t) else None for g, t in zip(own.groups, tail, strict=True)]
-            return own.node if list(own.groups) == tail or None not in mine else None
+        held = own.groups if own is not None else tuple((size,) for size in shape)
         wide: list[Size] = []
-        for size, group in zip(shape, tail, strict=True):
-            if len(group) > 1 and size != (1, False):
+        for group, wanted in zip(held, groups[len(groups) - len(shape) :], strict=True):
+            if group == wanted or len(wanted) == len(group) == 1:
+                wide += group
+            elif all(size == (1, False) for size in group):
+                wide += [(1, False)] * len(wanted)
+            elif own is None and group == (_product_of(wanted),):
+                wide += wanted
+            else:
                 return None
-            wide += [size] if len(group) == 1 else [(1, False)] * len(group)
-        return operand if wide == shape else self.reshape(operand, wide, operand)
+        given = operand if own is None else own.node
+        flat = shape if own is None else own.flat
+        return given if wide == flat else self.reshape(given, wide, operand)
 
 
 def _flat(groups: Iterable[tuple[Size, ...]]) -> list[Size]:
     return [size for group in groups for size in group]
+
+
+def _product_of(group: tuple[Size, ...]) -> Size:
+    return math.prod(n for n, _ in group), any(b for _, b in group)
 
 
 def _batch(graph: fx.Graph) -> Any:
@@ -281,6 +290,20 @@ def _permute(work: _Unmerger, node: fx.Node) -> Open | None:
     return work.permuted(node, [int(d) % len(dims) for d in dims])  # type: ignore[arg-type]
 
 
+def _last_two(work: _Unmerger, node: fx.Node) -> Open | None:
+    rank = len(work.opened[node.args[0]].groups)  # type: ignore[index]
+    return work.permuted(node, [*range(rank - 2), rank - 1, rank - 2])
+
+
+def _moved(work: _Unmerger, node: fx.Node) -> Open | None:
+    rank = len(work.opened[node.args[0]].groups)  # type: ignore[index]
+    moves: Any = [[d] if isinstance(d, int) else d for d in node.args[1:3]]
+    sources, targets = ([d % rank for d in dims] for dims in moves)
+    rest = iter([d for d in range(rank) if d not in sources])
+    order = [sources[targets.index(d)] if d in targets else next(rest) for d in range(rank)]
+    return work.permuted(node, order)
+
+
 def _same(work: _Unmerger, node: fx.Node) -> Open | None:
     value = work.opened[node.args[0]]  # type: ignore[index]
     kwargs = dict(node.kwargs) if node.target is aten.contiguous.default else {}
@@ -290,14 +313,14 @@ def _same(work: _Unmerger, node: fx.Node) -> Open | None:
 
 def _elementwise(work: _Unmerger, node: fx.Node) -> Open | None:
     tensors = [n for n in node.all_input_nodes if tensor_value(n) is not None]
-    rank = len(_sizes(node) or [])
-    full = [work.opened[n] for n in tensors if n in work.opened]
-    full = [value for value in full if len(value.groups) == rank]
-    if not full or any(is_scalar(n) for n in node.all_input_nodes):
+    sizes = _sizes(node)
+    full = [work.opened[n].groups for n in tensors if n in work.opened]
+    if sizes is None or any(is_scalar(n) for n in node.all_input_nodes):
         return None
+    full = [groups for groups in full if len(groups) == len(sizes)]
     groups = tuple(
-        max((value.groups[d] for value in full), key=lambda g: math.prod(n for n, _ in g))
-        for d in range(rank)
+        next((g[d] for g in full if _product_of(g[d]) == size), (size,))
+        for d, size in enumerate(sizes)
     )
     given = {n: work.aligned(n, groups) for n in tensors}
     if any(n is None for n in given.values()):
@@ -347,6 +370,54 @@ def _pad(work: _Unmerger, node: fx.Node) -> Open | None:
     kept = len(sizes) - touched
     groups = (*value.groups[:kept], *((size,) for size in sizes[kept:]))
     args = (value.node, *node.args[1:])
+    return Open(work.call(node.target, args, node, _flat(groups), **dict(node.kwargs)), groups)
+
+
+def _cat(work: _Unmerger, node: fx.Node) -> Open | None:
+    """Concatenation along a dimension that is not merged."""
+    operands: Any = node.args[0]
+    dimension: Any = node.args[1] if len(node.args) > 1 else 0
+    sizes = _sizes(node)
+    value = next(work.opened[n] for n in operands if n in work.opened)
+    if sizes is None or len(value.groups) != len(sizes):
+        return None
+    dimension %= len(sizes)
+    if len(value.groups[dimension]) != 1 or value.groups[dimension][0][1]:
+        return None
+    parts: list[fx.Node] = []
+    for operand in operands:
+        held = _sizes(operand)
+        if held is None or len(held) != len(sizes):
+            return None
+        groups = (*value.groups[:dimension], (held[dimension],), *value.groups[dimension + 1 :])
+        if operand not in work.opened and held != [_product_of(g) for g in groups]:
+            return None
+        if (part := work.aligned(operand, groups)) is None:
+            return None
+        parts.append(part)
+    groups = (*value.groups[:dimension], (sizes[dimension],), *value.groups[dimension + 1 :])
+    args = (parts, value.starts()[dimension])
+    return Open(work.call(node.target, args, node, _flat(groups)), groups)
+
+
+def _reduce(work: _Unmerger, node: fx.Node) -> Open | None:
+    """Reductions along dimensions that are not merged."""
+    value = work.opened[node.args[0]]  # type: ignore[index]
+    if "dim" not in [a.name for a in node.target._schema.arguments[1:2]]:  # type: ignore[union-attr]
+        return None
+    given: Any = node.args[1] if len(node.args) > 1 else None
+    keep = bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
+    rank = len(value.groups)
+    reduced = [d % rank for d in (given if isinstance(given, list | tuple) else [])]
+    if not reduced or any(len(value.groups[d]) != 1 or value.groups[d][0][1] for d in reduced):
+        return None
+    starts = value.starts()
+    groups = tuple(
+        ((1, False),) if d in reduced else group
+        for d, group in enumerate(value.groups)
+        if keep or d not in reduced
+    )
+    args = (value.node, [starts[d] for d in reduced], *node.args[2:])
     return Open(work.call(node.target, args, node, _flat(groups), **dict(node.kwargs)), groups)
 
 
@@ -450,15 +521,20 @@ _VIEWS = frozenset(["view", "reshape", "_unsafe_view", "flatten", "unflatten"])
 _RULES: dict[str, Any] = {
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
     "permute": _permute,
+    "mT": _last_two,
+    **dict.fromkeys(("movedim", "moveaxis"), _moved),
     "unsqueeze": _unsqueeze,
     **dict.fromkeys(("slice", "select"), _pick),
     "einsum": _einsum,
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     "expand": _expand,
+    **dict.fromkeys(("cat", "concat"), _cat),
+    **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduce),
     **dict.fromkeys(("contiguous", "clone", "alias", "detach"), _same),
     **dict.fromkeys(
-        """add sub mul div neg exp relu gelu sigmoid tanh silu dropout masked_fill where
-        clamp""".split(),
+        """add sub rsub mul div neg exp log pow sqrt rsqrt square abs relu gelu sigmoid tanh silu
+        leaky_relu elu softplus dropout masked_fill where clamp clamp_min clamp_max maximum minimum
+        eq ne lt le gt ge logical_and logical_or logical_not""".split(),
         _elementwise,
     ),
     **dict.fromkeys(("softmax", "_softmax", "log_softmax"), _softmax),
