@@ -37,7 +37,7 @@ lint: $(STAMP) ## Style, formatting and types
 test: lint ## Everything that a change must pass
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-zoo: $(STAMP) ## Every classification model of torchvision (make test tries a quarter, by the day)
+zoo: $(STAMP) ## Every classification model of torchvision (make test tries an eighth, by the day)
 	S2D_ZOO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_zoo.py tests/test_interfaces.py
 
 zoo-table: $(STAMP) ## docs/zoo.md: torchvision and timm compiled and proven (hours; goes on where it stopped)
