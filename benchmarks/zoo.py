@@ -583,6 +583,11 @@ def summary(population: str, rows: Sequence[dict[str, Any]], expected: int) -> l
         f"reference (all consequences), {by['self-check']} with the compiler's own masked form "
         "(masked equivalence), where the reference has no rule."
     ]
+    lines += [
+        f"  - Self-check: {r['model']} ({'; '.join(n.rpartition(': ')[2] for n in r['notes'])})"
+        for r in proven
+        if r["proof"] == "self-check"
+    ]
     rest = expected - len(rows)
     if rest:
         lines.append(f"- {rest} have not been tried.")
