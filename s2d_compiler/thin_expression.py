@@ -86,6 +86,10 @@ def _movement(target: Any) -> bool:
     return name in _MOVES
 
 
+def _creation(target: Any) -> bool:
+    return getattr(target, "_opname", "") in _CREATIONS
+
+
 _MOVES = frozenset(
     """view reshape _unsafe_view flatten unflatten unsqueeze squeeze permute transpose t slice
     select narrow expand repeat flip roll movedim moveaxis swapaxes index_select reshape_as
@@ -93,8 +97,9 @@ _MOVES = frozenset(
 )
 _PER_ELEMENT = frozenset(
     """add sub mul div rsub pow neg exp log sqrt rsqrt square reciprocal abs sign tanh sigmoid relu
-    clamp clamp_min clamp_max maximum minimum where to _to_copy zeros_like ones_like full_like
-    softplus round floor sin cos lerp masked_fill""".split()
+    clamp clamp_min clamp_max maximum minimum where to _to_copy softplus round
+    floor ceil trunc sin cos erf gelu silu leaky_relu lerp masked_fill eq ne lt le gt ge
+    logical_and logical_or logical_not""".split()
 )
 #: Of the shape of their first operand, along whose dimensions they look.
 _SAME_SHAPE = frozenset("batch_norm softmax _softmax _weight_norm".split())
@@ -102,6 +107,12 @@ _REDUCTIONS = frozenset(
     """mean sum var std amax amin linalg_vector_norm norm var_mean std_mean norm_except_dim
     prod""".split()
 )
+#: Say nothing of their operand but its shape and type -> the same of a shape that is given.
+_CREATIONS: dict[str, Any] = {
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), aten.new_zeros.default),
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), aten.new_ones.default),
+    **dict.fromkeys(("full", "full_like", "new_full"), aten.new_full.default),
+}
 
 
 @dataclass
@@ -139,6 +150,7 @@ class _Trace:
 
     layer: ComputedLayer
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    types: dict[str, torch.dtype] = field(default_factory=dict)
     labels: dict[str, _Labels] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -146,7 +158,7 @@ class _Trace:
         meta = {k: torch.empty_like(t, device="meta") for k, t in tensors.items()}
         for name, value in self.layer.expression.values(meta).items():
             first = value[0] if isinstance(value, tuple | list) else value
-            self.shapes[name] = tuple(first.shape)
+            self.shapes[name], self.types[name] = tuple(first.shape), first.dtype
         self._backward()
         self.labels = {name: found.compressed() for name, found in self.labels.items()}
 
@@ -176,6 +188,8 @@ class _Trace:
         self.labels[name] = self.labels[name].merge(labels) if name in self.labels else labels
 
     def _pull(self, step: Step, labels: _Labels) -> None:
+        if _creation(step.target):
+            return
         for position, operand in enumerate(step.operands()):
             ids = self.ids(step, position, operand)
             shape = self.shapes[operand]
@@ -190,6 +204,8 @@ class _Trace:
 
     def _push(self, step: Step) -> None:
         """What is absent of an operand is absent of what it is moved or mapped to."""
+        if _creation(step.target):
+            return
         for position, operand in enumerate(step.operands()):
             ids = self.ids(step, position, operand)
             if ids is None or operand not in self.labels:
@@ -343,6 +359,9 @@ class _Slicer:
         if _movement(step.target):
             self._move(step, operands[0])
             return
+        if _creation(step.target):
+            self._create(step, name)
+            return
         self.steps.append(step)
         if step.target is _GETITEM:
             self.numbers[step.name] = self.numbers[operands[0]]
@@ -372,6 +391,18 @@ class _Slicer:
             self.steps.append(step)
         else:
             self._gather(operand, held, source, step.name)
+
+    def _create(self, step: Step, name: str) -> None:
+        """Created at the size of what is kept, from any tensor of its type."""
+        dtype = self.trace.types[step.name]
+        alike = [n for n in self.trace.layer.tensors() if self.trace.types[n] == dtype]
+        if not alike:
+            raise NotSliceable(f"{name} is of another type than its parameters")
+        wanted = _take(_arange(self.trace.shapes[step.name]), self._kept(step.name))
+        fill = step.args[2:] if name == "new_full" else step.args[1:] if "full" in name else ()
+        args = (Value(alike[0]), list(wanted.shape), *fill)
+        self.steps.append(Step(step.name, _CREATIONS[name], args, {}))
+        self.numbers[step.name] = wanted
 
     def _reshape(self, operand: str, shape: list[int], name: str) -> None:
         self.steps.append(Step(name, aten.reshape.default, (Value(operand), shape), {}))
