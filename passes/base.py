@@ -48,11 +48,14 @@ def require_form(graph_module: fx.GraphModule, name: str, form: str) -> None:
         )
 
 
-def graph_text(graph_module: fx.GraphModule) -> str:
-    """All graphs of a graph module as text, those of its stages included."""
-    return "\n".join(
-        str(module.graph) for module in graph_module.modules() if isinstance(module, fx.GraphModule)
-    )
+def fingerprint(graph_module: fx.GraphModule) -> list[tuple[object, ...]]:
+    """What a rewrite changes, of all graphs of a graph module, those of its stages included."""
+    return [
+        (node, node.name, node.op, node.target, node.args, node.kwargs)
+        for module in graph_module.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+    ]
 
 
 class Pass(ABC):
@@ -75,22 +78,27 @@ class Pass(ABC):
     def ensures(self, graph_module: fx.GraphModule) -> None:  # noqa: B027 - nothing by default
         """Raise ``PassError`` if the rewritten graph is not what the pass promises."""
 
-    def run(self, graph_module: fx.GraphModule) -> PassResult:
+    def run(self, graph_module: fx.GraphModule, *, recompile: bool = True) -> PassResult:
         """Run the pass under its contract.
+
+        Args:
+            graph_module: The graph to rewrite.
+            recompile: Whether the result must run; a pipeline recompiles once, at its end.
 
         Raises:
             PassError: A condition does not hold; a note says which pass was running.
         """
-        before = graph_text(graph_module)
+        before = fingerprint(graph_module)
         try:
             self.requires(graph_module)
             result = self.call(graph_module)
-            if not result.changed and graph_text(result.graph_module) != before:
+            if not result.changed and fingerprint(result.graph_module) != before:
                 raise PassError(f"{self.name} changed the graph and said that it did not")
             result.graph_module.graph.lint()
             verify_graph(result.graph_module)
             self.ensures(result.graph_module)
-            result.graph_module.recompile()
+            if recompile:
+                result.graph_module.recompile()
         except Exception as error:
             error.add_note(f"while running {self!r}"[:400])
             raise
@@ -115,11 +123,12 @@ class Pipeline:
             between: Called after each pass with the pass and its result (to print it, say).
         """
         for each in self.passes:
-            result = each.run(graph_module)
+            result = each.run(graph_module, recompile=between is not None)
             graph_module = result.graph_module
             log.debug("%s: %s", each.name, "changed" if result.changed else "unchanged")
             if between is not None:
                 between(each, graph_module)
+        graph_module.recompile()
         return graph_module
 
     def index(self, name: str) -> int:

@@ -13,7 +13,7 @@ from torch import fx
 from passes.base import SPLIT, Pass, PassResult, require_form
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.staging import StageBuilder
-from s2d_compiler.thin import remove_module
+from s2d_compiler.thin import remove_modules
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class ConcatFeatures(Pass):
         wider = [
             n for n in graph_module.graph.nodes if "layer" in n.meta and self._is_wider(builder, n)
         ]
-        for target in {str(n.target) for n in wider}:
-            remove_module(graph_module, target)
+        remove_modules(graph_module, {str(n.target) for n in wider})
         for thin in wider:
             self._widen(builder, thin)
         if wider:

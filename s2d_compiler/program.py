@@ -6,7 +6,7 @@ import keyword
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -146,9 +146,11 @@ def safe_name(path: str) -> str:
 
 def concrete(size: Any) -> int:
     """A size with the symbolic batch replaced by ``SAMPLE_BATCH``."""
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
+    return size if isinstance(size, int) else _sampled(size.node.expr)
+
+
+@lru_cache(maxsize=4096)
+def _sampled(expression: Any) -> int:
     return int(expression.subs(dict.fromkeys(expression.free_symbols, SAMPLE_BATCH)))
 
 

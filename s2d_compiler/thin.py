@@ -6,7 +6,7 @@ each of their tensors is a slice of; ``fill`` copies the numbers once everything
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -201,12 +201,19 @@ def place_slices(
     return candidate
 
 
-def remove_module(graph_module: fx.GraphModule, name: str) -> None:
-    """Take a module of slices out of a staged graph."""
-    graph_module.delete_submodule(name)
+def remove_modules(graph_module: fx.GraphModule, names: Collection[str]) -> None:
+    """Take modules of slices out of a staged graph."""
+    for name in names:
+        graph_module.delete_submodule(name)
     table: dict[str, Slice] = graph_module.meta["slices"]
-    for key in [k for k in table if k.startswith(f"{name}.")]:
+    for key in [k for k in table if any(path in names for path in _parents(k))]:
         del table[key]
+
+
+def _parents(key: str) -> Iterator[str]:
+    """Paths of the modules that a name lies in, innermost first."""
+    while key := key.rpartition(".")[0]:
+        yield key
 
 
 def _same_kind(root: nn.Module, name: str, like: nn.Module | None) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from s2d_compiler.analysis.channels import ChannelAnalysis, Family, cut_resolutions
 from s2d_compiler.analysis.labels import NOBODY, VERSIONED, ZERO, Labels
@@ -92,9 +93,10 @@ def assign(program: Program, channels: ChannelAnalysis, plan: Plan) -> StageAssi
     """
     plan.check_against(cut_resolutions(channels), cut_layers(channels))
     owners = np.zeros(channels.atom_count, dtype=np.int64)
+    weights = cache(partial(row_weights, program))
     for family in channels.families:
         split = plan.split_for(family.resolution, family.writers)
-        order = family.atoms if plan.order == "index" else _by_weight(program, channels, family)
+        order = family.atoms if plan.order == "index" else _by_weight(channels, family, weights)
         owners[list(order)] = family_owners(len(order), split, plan.groups)
         owners[list(family.atoms[: family.pinned])] = 1
     _require_every_stage(owners, plan, channels)
@@ -120,25 +122,35 @@ def cut_layers(channels: ChannelAnalysis) -> tuple[str, ...]:
     )
 
 
-def _by_weight(program: Program, channels: ChannelAnalysis, family: Family) -> tuple[int, ...]:
+def _by_weight(
+    channels: ChannelAnalysis, family: Family, weights: Callable[[str], npt.NDArray[np.float64]]
+) -> tuple[int, ...]:
     """Atoms by the sum of absolute weights over all writers' rows, largest first."""
-    place = {atom: i for i, atom in enumerate(family.atoms)}
-    total = np.zeros(len(place))
+    atoms = np.asarray(family.atoms, dtype=np.int64)
+    place = np.full(channels.atom_count, -1, dtype=np.int64)
+    place[atoms] = np.arange(len(atoms))
+    total = np.zeros(len(atoms))
     for writer in family.writers:
-        layer = channels.layers[writer]
-        for row, size in zip(layer.rows.tolist(), row_weights(program, writer), strict=True):
-            if row in place:
-                total[place[row]] += size
-    pinned, free = family.atoms[: family.pinned], family.atoms[family.pinned :]
-    return (*pinned, *sorted(free, key=lambda a: (-total[place[a]], place[a])))
+        at = place[channels.layers[writer].rows]
+        np.add.at(total, at[at >= 0], weights(writer)[at >= 0])
+    order = np.argsort(-total[family.pinned :], kind="stable") + family.pinned
+    return (*family.atoms[: family.pinned], *atoms[order].tolist())
+
+
+#: Weights that are held in double precision at once.
+_AT_ONCE = 1 << 20
 
 
 def row_weights(program: Program, layer: str) -> npt.NDArray[np.float64]:
     """Sum of absolute weights of every output channel of a layer."""
     module: Any = program.graph_module.get_submodule(layer)
-    weight = weight_of(module).detach().double().abs().cpu()
+    weight = weight_of(module).detach()
     if not getattr(module, "transposed", False):
-        return np.asarray(weight.flatten(1).sum(1))
+        rows = weight.flatten(1)
+        step = max(1, _AT_ONCE // max(1, rows.shape[1]))
+        sums = [r.double().abs_().sum(1).cpu() for r in rows.split(step)]
+        return np.asarray(torch.cat(sums))
+    weight = weight.double().abs().cpu()
     groups = int(module.groups)
     by_group = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
     return np.asarray(by_group.flatten(2).sum(2).flatten())
