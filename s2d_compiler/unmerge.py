@@ -402,23 +402,22 @@ def _cat(work: _Unmerger, node: fx.Node) -> Open | None:
 
 def _reduce(work: _Unmerger, node: fx.Node) -> Open | None:
     """Reductions along dimensions that are not merged."""
-    value = work.opened[node.args[0]]  # type: ignore[index]
-    if "dim" not in [a.name for a in node.target._schema.arguments[1:2]]:  # type: ignore[union-attr]
-        return None
-    given: Any = node.args[1] if len(node.args) > 1 else None
-    keep = bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
-    rank = len(value.groups)
+    value, target = work.opened[node.args[0]], node.target  # type: ignore[index]
+    assert isinstance(target, torch._ops.OpOverload)
+    names = [argument.name for argument in target._schema.arguments]
+    arguments: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given, rank, starts = arguments.get("dim"), len(value.groups), value.starts()
     reduced = [d % rank for d in (given if isinstance(given, list | tuple) else [])]
     if not reduced or any(len(value.groups[d]) != 1 or value.groups[d][0][1] for d in reduced):
         return None
-    starts = value.starts()
     groups = tuple(
         ((1, False),) if d in reduced else group
         for d, group in enumerate(value.groups)
-        if keep or d not in reduced
+        if arguments.get("keepdim", False) or d not in reduced
     )
-    args = (value.node, [starts[d] for d in reduced], *node.args[2:])
-    return Open(work.call(node.target, args, node, _flat(groups), **dict(node.kwargs)), groups)
+    arguments |= {names[0]: value.node, "dim": [starts[d] for d in reduced]}
+    args = [arguments.pop(name) for name in names[: len(node.args)]]
+    return Open(work.call(target, tuple(args), node, _flat(groups), **arguments), groups)
 
 
 def _expand(work: _Unmerger, node: fx.Node) -> Open | None:
@@ -529,7 +528,7 @@ _RULES: dict[str, Any] = {
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     "expand": _expand,
     **dict.fromkeys(("cat", "concat"), _cat),
-    **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduce),
+    **dict.fromkeys("mean sum amax amin var std linalg_vector_norm norm".split(), _reduce),
     **dict.fromkeys(("contiguous", "clone", "alias", "detach"), _same),
     **dict.fromkeys(
         """add sub rsub mul div neg exp log pow sqrt rsqrt square abs relu gelu sigmoid tanh silu

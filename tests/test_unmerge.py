@@ -82,6 +82,7 @@ def unmerged(model: nn.Module, shape: tuple[int, ...]) -> Program:
 def require_cut_by_heads(found: Proved, layer: str) -> None:
     rows = found.rows(layer)
     assert not found.unknown
+    assert not any(f.pinned for f in found.channels.families if layer in f.writers)
     by_head = [rows[h * WIDTH : (h + 1) * WIDTH] for h in range(HEADS)]
     assert all(len(set(atoms)) == 1 for atoms in by_head)
     assert len(set(rows)) == HEADS
@@ -253,7 +254,7 @@ def with_moved_dimensions(m: Any, x: Tensor) -> Tensor:
 def with_norms(m: Any, x: Tensor) -> Tensor:
     """Cosine attention: queries and keys divided by their length in a head."""
     q, k, v = parts(m, x)
-    q, k = (part * part.square().sum(-1, keepdim=True).add(1e-3).rsqrt() for part in (q, k))
+    q, k = (F.normalize(part, dim=-1) for part in (q, k))
     return out_of_batch((q @ k.mT * 3).softmax(-1) @ v)
 
 
@@ -390,7 +391,7 @@ def test_groups_of_channels_in_the_batch() -> None:
         n, c, h, w = x.shape
         y = x.view(n * 4, c // 4, h, w)
         gate = (y * y.mean((2, 3), keepdim=True)).sum(1, keepdim=True)
-        gate = gate - gate.amax((2, 3), True)
+        gate = (gate - gate.mean((2, 3), True)) / (gate.std((2, 3), keepdim=True) + 1)
         return (y * gate.sigmoid()).view(n, c, h, w)
 
     unmerged(Images(body), (3, 4, 4))
