@@ -30,6 +30,8 @@ from s2d_compiler.unmerge import unmerge_batch
 
 log = logging.getLogger(__name__)
 
+#: No branch of a usual model tells batches of this size from larger ones.
+_ANY_BATCH = 1 << 20
 #: Example batch of the capture: a number that no other dimension of a usual model has.
 EXAMPLE_BATCH = 5
 
@@ -201,7 +203,9 @@ def _export(
     model: nn.Module, call: Call, own_batches: list[Call], notes: list[str]
 ) -> tuple[torch.export.ExportedProgram, int | None]:
     try:
-        return _run_export(model, call, _free_batch(model, call)), None
+        exported = _run_export(model, call, _free_batch(model, call))
+        _require_every_batch(exported)
+        return exported, None
     except Exception as error:
         first = error
     given = next((each for each in own_batches if _failure(model, each) is None), own_batches[0])
@@ -221,6 +225,16 @@ def _export(
     )
     log.warning(notes[-1])
     return fixed, batch
+
+
+def _require_every_batch(exported: torch.export.ExportedProgram) -> None:
+    """Require that the program holds for every batch, not for those on one side of a branch.
+
+    torch itself leaves out only a batch of 0 and of 1.
+    """
+    for allowed in exported.range_constraints.values():
+        if allowed.lower > 2 or allowed.upper < _ANY_BATCH:
+            raise ValueError(f"it was captured for batches of {allowed.lower} to {allowed.upper}")
 
 
 def _free_batch(model: nn.Module, call: Call) -> dict[str, Any]:

@@ -629,3 +629,20 @@ def test_dropped_modules_are_listed() -> None:
     dyn = transform(Net().double(), TWO, inputs_of([IMAGE], 2))
     assert dyn.report.dropped.unused == ("aux",)
     assert not [key for key in dyn.state_dict() if "aux" in key]
+
+
+def test_a_branch_on_the_batch_size_fixes_the_batch() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return y.mean((2, 3)) if x.shape[0] > 3 else y.amax((2, 3))
+
+    model, x = Branch().double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    program = capture(model, example_inputs=(x,))
+    assert program.batch == 2
+    (found,) = program.graph_module(x)
+    assert torch.equal(found, model(x))
