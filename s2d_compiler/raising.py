@@ -230,12 +230,14 @@ class Raiser:
         module = ComputedLayer(layer, found.expression, tensors, unsaved)
         path = safe_name(self._computed_path(node, found.targets))
         configuration = (module.extra_repr(), found.expression, tuple(found.targets.items()))
+        same = [n for n, (c, _) in self.raised.items() if str(c) == str(configuration)]
         name, count = path, 1
-        while name in self.raised or self._is_occupied(name, set(found.targets.values())):
-            if name in self.raised and str(self.raised[name][0]) == str(configuration):
-                break
+        while not same and (
+            name in self.raised or self._is_occupied(name, set(found.targets.values()))
+        ):
             count += 1
             name = f"{path}_{count}"
+        name = same[0] if same else name
         if name not in self.raised:
             for key, target in found.targets.items():
                 if target in self.sources:

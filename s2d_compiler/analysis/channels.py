@@ -129,9 +129,11 @@ class ChannelContext:
     def labels_of(self, node: fx.Node) -> Labels:
         return self.known[node.name]
 
-    def pin(self, labels: Labels) -> None:
-        """Say that these atoms belong to stage 1."""
-        self.pins.append(labels[labels >= 0])
+    def pin(self, labels: Labels, gated: Labels) -> None:
+        """Say that atoms belong to stage 1 unless what they gate, position by position, turns
+        out to be they themselves."""
+        mine, other = labels[labels >= 0], gated[labels >= 0]
+        self.pins.append(np.unique(np.stack([mine, other], axis=1), axis=0))
 
     def couple(self, node: fx.Node) -> None:
         self.coupled.append(node.name)
@@ -299,9 +301,9 @@ def _conclude(
             resolution=resolution(source, channel),
         )
         layer_of.update(dict.fromkeys(sites, name))
-    pins = (
-        np.unique(resolve(np.concatenate(context.pins))) if context.pins else np.zeros(0, np.int64)
-    )
+    pairs = np.concatenate([np.zeros((0, 2), np.int64), *context.pins])
+    pinned = resolve(pairs)
+    pins = np.unique(pinned[(pairs[:, 1] < 0) | (pinned[:, 0] != pinned[:, 1]), 0])
     return ChannelAnalysis(
         labels={name: resolve(labels) for name, labels in context.known.items()},
         rules=rules,

@@ -84,8 +84,8 @@ def combine(
         result[better] = wide[better]
     for (_, labels), gate in zip(prepared, gates, strict=True):
         if gate:
-            context.pin(labels)
             wide = np.broadcast_to(labels, frame)
+            context.pin(wide, result)
             free = (result == NOBODY) & (wide >= 0)
             result[free] = wide[free]
     result[result == ZERO] = NOBODY

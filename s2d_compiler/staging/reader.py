@@ -231,9 +231,11 @@ class PartReader(Emitter):
     ) -> fx.Node:
         """A single channel dimension brought to the place where the packed one stands."""
         part = self.read(operand, layout(frame, flat), stage)
-        return self.call(
-            aten.transpose.int, (part, channel_dimensions(frame)[0], dimension), operand, stage
-        )
+        held = channel_dimensions(frame)[0]
+        while dimension < 0:  # the place lies before the operand's first dimension
+            part = self.call(aten.unsqueeze.default, (part, 0), operand, stage)
+            held, dimension = held + 1, dimension + 1
+        return self.call(aten.transpose.int, (part, held, dimension), operand, stage)
 
     def full(self, node: fx.Node, stage: int) -> fx.Node:
         """A value at full size as ``stage`` sees it: zero where later stages own."""
