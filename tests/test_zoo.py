@@ -47,18 +47,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"image_size": size} for name, size in SIZES.items() if name.startswith("vit")},
 }
 """What the constructors are told; all others are built as they are."""
+DAY = datetime.datetime.now(datetime.UTC).toordinal()
 PARTS = 8
+WHOLE = os.environ.get("S2D_ZOO") == "all"
 LARGE = ("regnet_y_128gf", "vit_h_14")
 """They take 12 GB and more in float64; only the whole zoo tries them."""
-TRIED = (
-    MODELS
-    if os.environ.get("S2D_ZOO") == "all"
-    else [
-        name
-        for name in MODELS[datetime.datetime.now(datetime.UTC).toordinal() % PARTS :: PARTS]
-        if name not in LARGE
-    ]
-)
+TRIED = MODELS if WHOLE else [name for name in MODELS[DAY % PARTS :: PARTS] if name not in LARGE]
 PLANS: dict[str, dict[str, Any]] = {
     concat: {
         "stages": 3,
@@ -133,7 +127,7 @@ def test_consequences(name: str, tmp_path: Path) -> None:
         del measured, dyn
 
 
-@pytest.mark.parametrize("name", DRAWN_FROM)
+@pytest.mark.parametrize("name", DRAWN_FROM if WHOLE else DRAWN_FROM[DAY % 3 :: 3])
 @settings(max_examples=2)
 @given(data=st.data())
 def test_random_plans(name: str, data: st.DataObject) -> None:
