@@ -28,7 +28,8 @@ def canonicalize(graph: fx.Graph, add_constant: AddConstant) -> None:
       ``view_as`` -> ``reshape``;
     - ``addmm`` and ``baddbmm`` -> a product and a sum;
     - ``slice_scatter``/``select_scatter`` -> ``cat`` and ``index_select`` by a constant;
-    - ``zeros`` of a batch -> ``new_zeros``; casts lose a device that changes nothing.
+    - ``zeros`` of a batch -> ``new_zeros``; casts lose a device that changes nothing, ``type_as``
+      becomes one.
     """
     _drop_unread(graph)
     for node in list(graph.nodes):
@@ -285,6 +286,18 @@ def _cast(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None:
     return _call(graph, aten.to.dtype, (source, after.dtype), node, after)
 
 
+def _type_as(graph: fx.Graph, node: fx.Node, _: AddConstant) -> fx.Node | None:
+    """Only the other operand's type is read."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    after = _value(node)
+    if _value(source).device != after.device:
+        return None
+    if _value(source).dtype == after.dtype:
+        return source
+    return _call(graph, aten.to.dtype, (source, after.dtype), node, after)
+
+
 _REWRITES: dict[Any, Callable[[fx.Graph, fx.Node, AddConstant], fx.Node | None]] = {
     aten.stack.default: _stack,
     aten.max.dim: _extreme(aten.amax.default),
@@ -299,6 +312,7 @@ _REWRITES: dict[Any, Callable[[fx.Graph, fx.Node, AddConstant], fx.Node | None]]
     aten.zeros.default: _created_like(aten.new_zeros.default),
     aten.ones.default: _created_like(aten.new_ones.default),
     aten.full.default: _created_like(aten.new_full.default),
+    aten.type_as.default: _type_as,
     aten.to.device: _cast,
     aten.to.dtype: _cast,
     aten.to.dtype_layout: _cast,

@@ -261,17 +261,21 @@ def _random(parameter: torch.Tensor, name: str, generator: torch.Generator) -> t
 def random_inputs(
     program: Program, generator: torch.Generator, batch: int
 ) -> tuple[torch.Tensor, ...]:
-    """Random float64 inputs; those that are no floating-point numbers are as in the example."""
+    """Random float64 inputs; integers are drawn from those of the example, and what is neither
+    (masks) is as in the example."""
     return tuple(_random_input(example, program, generator, batch) for example in program.examples)
 
 
 def _random_input(
     example: torch.Tensor, program: Program, generator: torch.Generator, batch: int
 ) -> torch.Tensor:
+    shape = (program.batch or batch, *example.shape[1:]) if example.dim() else ()
     if not example.is_floating_point():
         kept = example.detach().cpu()
-        return kept if not kept.dim() or program.batch else kept[:1].expand(batch, *kept.shape[1:])
-    shape = (program.batch or batch, *example.shape[1:]) if example.dim() else ()
+        if example.dtype == torch.bool or not kept.dim() or not kept.numel():
+            return kept[:1].expand(shape) if kept.dim() else kept
+        picked = torch.randint(kept.numel(), shape, generator=generator)
+        return kept.reshape(-1)[picked]
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 #: No branch of a usual model tells batches of this size from larger ones.
 _ANY_BATCH = 1 << 20
+#: Batch sizes for which every guard must hold.
+_BATCHES_TRIED = 12
 #: Example batch of the capture: a number that no other dimension of a usual model has.
 EXAMPLE_BATCH = 5
 
@@ -235,6 +237,21 @@ def _require_every_batch(exported: torch.export.ExportedProgram) -> None:
     for allowed in exported.range_constraints.values():
         if allowed.lower > 2 or allowed.upper < _ANY_BATCH:
             raise ValueError(f"it was captured for batches of {allowed.lower} to {allowed.upper}")
+    for guard in _guards(exported):
+        symbols = guard.free_symbols
+        for batch in range(2, 2 + _BATCHES_TRIED):
+            if len(symbols) == 1 and str(guard.subs(dict.fromkeys(symbols, batch))) == "False":
+                raise ValueError(f"it was captured for batches of which {guard} holds")
+
+
+def _guards(exported: torch.export.ExportedProgram) -> list[Any]:
+    """What capture took for granted about sizes, as expressions."""
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, torch.Tensor) else ():
+            if not isinstance(size, int):
+                return [guard.expr for guard in size.node.shape_env.guards]
+    return []
 
 
 def _free_batch(model: nn.Module, call: Call) -> dict[str, Any]:

@@ -237,8 +237,9 @@ def _sizes(node: fx.Node) -> list[Size] | None:
 
 
 def _merges(held: list[Size], target: list[Size]) -> bool:
-    """Whether a view merges a batch dimension that stood alone."""
-    return (1, True) in held and any(b and n > 1 for n, b in target)
+    """Whether a view merges a batch dimension with another."""
+    before = max((n for n, b in held if b), default=0)
+    return 0 < before < max((n for n, b in target if b), default=0)
 
 
 def _regroup(held: list[Size], target: list[Size]) -> list[tuple[Size, ...]] | None:
@@ -255,10 +256,10 @@ def _regroup(held: list[Size], target: list[Size]) -> list[tuple[Size, ...]] | N
             if (n, b) == (1, False):
                 continue
             if b:
-                if n != 1 or not batch:
+                if not batch or wanted % n:
                     return None
-                group.append((1, True))
-                batch = False
+                group.append((n, True))
+                batch, wanted = False, wanted // n
             elif wanted % n == 0:
                 group.append((n, False))
                 wanted //= n

@@ -631,7 +631,8 @@ def test_dropped_modules_are_listed() -> None:
     assert not [key for key in dyn.state_dict() if "aux" in key]
 
 
-def test_a_branch_on_the_batch_size_fixes_the_batch() -> None:
+@pytest.mark.parametrize("large", [lambda n: n > 3, lambda n: n % 2 == 0, lambda n: n < 4])
+def test_a_branch_on_the_batch_size_fixes_the_batch(large: Callable[[int], bool]) -> None:
     class Branch(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -639,7 +640,7 @@ def test_a_branch_on_the_batch_size_fixes_the_batch() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.conv(x)
-            return y.mean((2, 3)) if x.shape[0] > 3 else y.amax((2, 3))
+            return y.mean((2, 3)) if large(x.shape[0]) else y.amax((2, 3))
 
     model, x = Branch().double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
     program = capture(model, example_inputs=(x,))
