@@ -335,7 +335,11 @@ def _partition(structure: Structure, dyn: DynamicLike, assignment: Assignment) -
         for d, index in enumerate(entry.index):
             if index is not None:
                 line = torch.zeros(source.shape[d], dtype=torch.int8)
-                line.index_add_(0, torch.tensor(index, dtype=torch.int64), torch.ones(len(index), dtype=torch.int8))
+                line.index_add_(
+                    0,
+                    torch.tensor(index, dtype=torch.int64),
+                    torch.ones(len(index), dtype=torch.int8),
+                )
                 block = block * line.view([-1 if e == d else 1 for e in range(source.dim())])
         count += block
     for identity, count in counts.items():
