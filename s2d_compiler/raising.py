@@ -72,7 +72,7 @@ def _linear(a: Mapping[str, Any]) -> nn.Module:
 def _batch_norm(a: Mapping[str, Any]) -> nn.Module | None:
     operand: torch.Tensor = a["input"]
     tracked = a["running_mean"] is not None
-    if a["training"] and tracked:
+    if (a["training"] and tracked) or (a["weight"] is None) != (a["bias"] is None):
         return None
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[
         operand.dim()
@@ -90,7 +90,7 @@ def _batch_norm(a: Mapping[str, Any]) -> nn.Module | None:
 def _instance_norm(a: Mapping[str, Any]) -> nn.Module | None:
     operand: torch.Tensor = a["input"]
     kind = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}.get(operand.dim())
-    if kind is None:
+    if kind is None or (a["weight"] is None) != (a["bias"] is None):
         return None
     return kind(
         int(operand.shape[1]),
@@ -102,7 +102,9 @@ def _instance_norm(a: Mapping[str, Any]) -> nn.Module | None:
     )
 
 
-def _group_norm(a: Mapping[str, Any]) -> nn.Module:
+def _group_norm(a: Mapping[str, Any]) -> nn.Module | None:
+    if (a["weight"] is None) != (a["bias"] is None):
+        return None
     channels = int(a["input"].shape[1])
     affine = a["weight"] is not None
     return nn.GroupNorm(int(a["num_groups"]), channels, eps=a["eps"], affine=affine, device="meta")

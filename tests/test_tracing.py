@@ -647,3 +647,20 @@ def test_a_branch_on_the_batch_size_fixes_the_batch(large: Callable[[int], bool]
     assert program.batch == 2
     (found,) = program.graph_module(x)
     assert torch.equal(found, model(x))
+
+
+def test_a_norm_with_a_weight_and_no_bias_stays_an_operator() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.scale = nn.Parameter(torch.rand(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.group_norm(self.conv(x), 1, self.scale)
+
+    model, x = Scaled().double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    program = capture(model, example_inputs=(x,))
+    assert not any(p.is_meta for p in program.graph_module.parameters())
+    (found,) = program.graph_module(x)
+    assert torch.equal(found, model(x))
