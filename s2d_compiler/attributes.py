@@ -28,6 +28,13 @@ def find(root: nn.Module, target: str) -> Any:
         return None
 
 
+def with_or_without_bias(module: nn.Module, has_bias: bool) -> nn.Module:
+    """A norm as it is, or without the bias (an option that not every release's norms have)."""
+    if not has_bias:
+        module.register_parameter("bias", None)
+    return module
+
+
 def is_container(value: Any) -> bool:
     """Whether something is a plain module that only holds others."""
     return isinstance(value, nn.Module) and type(value) is nn.Module

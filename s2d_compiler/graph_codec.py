@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from s2d_compiler.attributes import with_or_without_bias
 from s2d_compiler.computed import (
     SETTINGS,
     ComputedLayer,
@@ -55,7 +56,7 @@ _MODULES |= {
     "Dropout2d": (nn.Dropout2d, ("p",)),
     "AlphaDropout": (nn.AlphaDropout, ("p",)),
 }
-_WITH_BIAS = ("Conv", "Linear", "LayerNorm")
+_WITH_BIAS = ("Conv", "Linear", "LayerNorm", "BatchNorm", "InstanceNorm", "GroupNorm")
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem,
@@ -337,7 +338,7 @@ def encode_module(module: nn.Module, place: str) -> dict[str, Any]:
         value = getattr(module, key)
         arguments[key] = list(value) if isinstance(value, tuple) else value
     if name.startswith(_WITH_BIAS):
-        arguments["bias"] = getattr(module, "bias", None) is not None
+        arguments["bias"] = module.bias is not None
     return {"class": name, "arguments": arguments}
 
 
@@ -442,7 +443,8 @@ def decode_module(
         )
     if kind is not nn.Dropout and not row["class"].endswith("Dropout") and kind is not nn.Dropout2d:
         values["device"] = "meta"
+    has_bias = bool(values.pop("bias", True)) if "Norm" in row["class"] else True
     try:
-        return kind(**values)
+        return with_or_without_bias(kind(**values), has_bias)
     except (TypeError, ValueError, RuntimeError) as error:
         raise FormatError(f"{place}: {row['class']} cannot be made: {error}.") from error

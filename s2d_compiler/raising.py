@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from s2d_compiler.attributes import read
+from s2d_compiler.attributes import read, with_or_without_bias
 from s2d_compiler.computed import ComputedLayer
 from s2d_compiler.expressions import find_expression
 from s2d_compiler.program import safe_name
@@ -69,15 +69,20 @@ def _linear(a: Mapping[str, Any]) -> nn.Module:
     return nn.Linear(in_features, out_features, bias=a["bias"] is not None, device="meta")
 
 
+def _is_norm(a: Mapping[str, Any]) -> bool:
+    """Whether a norm's weight and bias are those of a module: no bias without a weight."""
+    return a["weight"] is not None or a["bias"] is None
+
+
 def _batch_norm(a: Mapping[str, Any]) -> nn.Module | None:
     operand: torch.Tensor = a["input"]
     tracked = a["running_mean"] is not None
-    if (a["training"] and tracked) or (a["weight"] is None) != (a["bias"] is None):
+    if (a["training"] and tracked) or not _is_norm(a):
         return None
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[
         operand.dim()
     ]
-    return kind(
+    module = kind(
         int(operand.shape[1]),
         eps=a["eps"],
         momentum=a["momentum"],
@@ -85,14 +90,15 @@ def _batch_norm(a: Mapping[str, Any]) -> nn.Module | None:
         track_running_stats=tracked,
         device="meta",
     )
+    return with_or_without_bias(module, a["bias"] is not None)
 
 
 def _instance_norm(a: Mapping[str, Any]) -> nn.Module | None:
     operand: torch.Tensor = a["input"]
     kind = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}.get(operand.dim())
-    if kind is None or (a["weight"] is None) != (a["bias"] is None):
+    if kind is None or not _is_norm(a):
         return None
-    return kind(
+    module = kind(
         int(operand.shape[1]),
         eps=a["eps"],
         momentum=a["momentum"],
@@ -100,20 +106,22 @@ def _instance_norm(a: Mapping[str, Any]) -> nn.Module | None:
         track_running_stats=a["running_mean"] is not None,
         device="meta",
     )
+    return with_or_without_bias(module, a["bias"] is not None)
 
 
 def _group_norm(a: Mapping[str, Any]) -> nn.Module | None:
-    if (a["weight"] is None) != (a["bias"] is None):
+    if not _is_norm(a):
         return None
-    channels = int(a["input"].shape[1])
+    channels, groups = int(a["input"].shape[1]), int(a["num_groups"])
     affine = a["weight"] is not None
-    return nn.GroupNorm(int(a["num_groups"]), channels, eps=a["eps"], affine=affine, device="meta")
+    module = nn.GroupNorm(groups, channels, eps=a["eps"], affine=affine, device="meta")
+    return with_or_without_bias(module, a["bias"] is not None)
 
 
 def _layer_norm(a: Mapping[str, Any]) -> nn.Module | None:
     shape = [int(n) for n in a["normalized_shape"]]
     affine = a["weight"] is not None
-    if not affine and a["bias"] is not None:
+    if not _is_norm(a):
         return None
     bias = a["bias"] is not None
     return nn.LayerNorm(shape, eps=a["eps"], elementwise_affine=affine, bias=bias, device="meta")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import fx, nn
 
-from s2d_compiler.attributes import empty_like, is_taken, put, read
+from s2d_compiler.attributes import empty_like, is_taken, put, read, with_or_without_bias
 from s2d_compiler.computed import ComputedLayer, weight_shape
 from s2d_compiler.program import Program
 from s2d_compiler.provenance import Slice, normalised
@@ -148,7 +148,8 @@ def _resized_norm(module: nn.Module, channels: int, groups: int | None) -> nn.Mo
         return nn.PReLU(1 if module.num_parameters == 1 else channels, **options)
     if isinstance(module, nn.GroupNorm):
         assert groups is not None
-        return nn.GroupNorm(groups, channels, eps=module.eps, affine=module.affine, **options)
+        group = nn.GroupNorm(groups, channels, eps=module.eps, affine=module.affine, **options)
+        return with_or_without_bias(group, module.bias is not None)
     if isinstance(module, nn.LayerNorm):
         return nn.LayerNorm(
             channels,
@@ -161,7 +162,8 @@ def _resized_norm(module: nn.Module, channels: int, groups: int | None) -> nn.Mo
         affine = module.elementwise_affine
         return nn.RMSNorm(channels, eps=module.eps, elementwise_affine=affine, **options)
     kept = ("eps", "momentum", "affine", "track_running_stats")
-    return type(module)(channels, **{k: getattr(module, k) for k in kept}, **options)
+    norm = type(module)(channels, **{k: getattr(module, k) for k in kept}, **options)
+    return with_or_without_bias(norm, module.bias is not None)
 
 
 # -- placing and filling ---------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from s2d_compiler import Plan, transform
+from s2d_compiler import Plan, load, transform
 from s2d_compiler.errors import CaptureError, InputShapeError
 from s2d_compiler.tracing import capture
 
@@ -649,18 +650,21 @@ def test_a_branch_on_the_batch_size_fixes_the_batch(large: Callable[[int], bool]
     assert torch.equal(found, model(x))
 
 
-def test_a_norm_with_a_weight_and_no_bias_stays_an_operator() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 8, 3)
-            self.scale = nn.Parameter(torch.rand(8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.group_norm(self.conv(x), 1, self.scale)
-
-    model, x = Scaled().double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+@pytest.mark.parametrize("norm", [nn.GroupNorm(1, 8), nn.BatchNorm2d(8), nn.InstanceNorm2d(8)])
+def test_a_norm_with_a_weight_and_no_bias_is_cut(norm: nn.Module, tmp_path: Path) -> None:
+    norm.weight = nn.Parameter(torch.rand(8))
+    norm.register_parameter("bias", None)
+    model = nn.Sequential(conv(3), norm, nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    model = model.append(nn.Linear(8, 5)).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     program = capture(model, example_inputs=(x,))
-    assert not any(p.is_meta for p in program.graph_module.parameters())
     (found,) = program.graph_module(x)
     assert torch.equal(found, model(x))
+    plan = {"stages": 2, "groups": 4, "default": {"split": [2], "concat": "all"}}
+    dyn = transform(model, plan, example_inputs=(x,))
+    assert dyn.report.fallbacks == ()
+    sizes = [s.get_submodule("0").weight.shape[0] for s in dyn.stages]
+    assert sizes == [4, 4]
+    dyn.save(tmp_path / "dyn.pt")
+    again = load(tmp_path / "dyn.pt")
+    assert all(torch.equal(a, b) for a, b in zip(again(x), dyn(x), strict=True))
