@@ -583,10 +583,21 @@ class Structure:
         operands = [self.ids[n] for n in node.all_input_nodes]
         return self._combine(node, operands, shapes_of(node).shape)
 
-    def _combine(self, node: fx.Node, operands: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    def _combine(
+        self,
+        node: fx.Node,
+        operands: Sequence[Tensor],
+        shape: Sequence[int],
+        shared: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Positions of an elementwise result; ``shared`` operands gate whatever they hold."""
         aligned = [t[(None,) * (len(shape) - t.dim())] for t in operands]
         result = _expanded(NOBODY, shape)
-        gates = [t for t in aligned if self._is_gate(t, aligned, shape)]
+        gates = [
+            t
+            for t, operand in zip(aligned, operands, strict=True)
+            if any(operand is s for s in shared) or self._is_gate(t, aligned, shape)
+        ]
         self.gates.update(i for t in gates for i in _distinct(t) if i > VERSIONED)
         for t in aligned:
             if any(t is gate for gate in gates) or not bool(t.any()):
@@ -776,7 +787,9 @@ class Structure:
             other = self._tied_along(other, 2, why)
             self.ties.tie(one, other, why)
             return torch.maximum(one, other).expand(shape)
-        return self._combine(node, [one, other], shape)
+        pairs = ((one, other), (other, one))
+        shared = [t for t, u in pairs if carried(t) and 0 in carried(u) - carried(t)]
+        return self._combine(node, [one, other], shape, shared)
 
     # -- questions
 

@@ -227,12 +227,17 @@ def test_with_one_head_queries_and_keys_belong_to_stage_one(how: str) -> None:
         assert not sources[1] & {"a.weight", "b.weight"}
 
 
+@pytest.mark.parametrize("expanded", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
-def test_keys_and_values_that_all_queries_share_belong_to_stage_one(fused: bool) -> None:
+def test_keys_and_values_that_all_queries_share_belong_to_stage_one(
+    fused: bool, expanded: bool
+) -> None:
     """Multi-query attention: one head of keys and values is broadcast against all."""
 
     def body(m: Any, x: Tensor) -> Tensor:
         q, k, v = heads(m.a(x)), m.key(x).unsqueeze(1), m.value(x).unsqueeze(1)
+        if expanded:
+            k, v = (t.expand(-1, HEADS, -1, -1) for t in (k, v))
         if fused:
             return joined(F.scaled_dot_product_attention(q, k, v))
         return joined((q @ k.transpose(-2, -1)).softmax(-1) @ v)

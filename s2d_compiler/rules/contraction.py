@@ -66,7 +66,8 @@ def contract(
         tie_along(context, labels, along)
         for d in along:
             labels = labels.max(axis=d, keepdims=True)
-        operands.append(_in_result(term, labels, result, sizes))
+        shared = {n for n in term.names if any(t.carries(n) for t in terms if t is not term)}
+        operands.append(_in_result(term, labels, result, sizes, shared))
     found = combine(context, sizes, operands)
     for d, name in enumerate(result):
         if name in collapsed and found.shape[d] > 1:
@@ -106,10 +107,12 @@ def _outer(terms: Sequence[Term], result: Subscripts) -> set[str]:
 
 
 def _in_result(
-    term: Term, labels: Labels, result: Subscripts, sizes: tuple[int, ...]
+    term: Term, labels: Labels, result: Subscripts, sizes: tuple[int, ...], shared: set[str]
 ) -> tuple[tuple[int, ...], Labels]:
     """A term's shape and labels in the dimensions of the result; where it has no such
-    dimension it counts as expanded."""
+    dimension it counts as expanded. Where the other carries channels along a dimension of
+    both and the term does not (keys that all heads share), it counts as of size 1, written
+    so or not."""
     kept = [d for d, n in enumerate(term.names) if n in result]
     order = sorted(kept, key=lambda d: result.index(term.names[d]))
     dropped = [d for d in range(labels.ndim) if d not in kept]
@@ -117,7 +120,7 @@ def _in_result(
     shape, frame, at = list(sizes), [1] * len(result), 0
     for position, name in enumerate(result):
         if name in term.names:
-            shape[position] = term.shape[order[at]]
+            shape[position] = 1 if name in shared and not term.carries(name) else term.shape[order[at]]
             frame[position] = moved.shape[at]
             at += 1
     return tuple(shape), moved.reshape(frame)
