@@ -232,8 +232,14 @@ def random_program(program: Program, generator: torch.Generator) -> Program:
         )
         node.args, node.kwargs = args, kwargs
     root.recompile()
+    drawn: dict[str, torch.Tensor] = {}
     for name, parameter in root.named_parameters():
         parameter.data = _random(parameter, name, generator)
+        drawn[program.sources.get(name, name)] = parameter.data
+    for name, buffer in root.named_buffers():  # what a layer takes as its weight is read elsewhere
+        same = drawn.get(program.sources.get(name, name))
+        if same is not None:
+            buffer.copy_(same)
     return replace(program, graph_module=root)
 
 

@@ -20,6 +20,7 @@ from s2d_compiler._version import __version__
 from s2d_compiler.analysis.assignment import StageAssignment, assign
 from s2d_compiler.analysis.channels import analyse_channels
 from s2d_compiler.analysis.cost import cost_of
+from s2d_compiler.attributes import find
 from s2d_compiler.dynamic import DynamicModel, DynamicParts, interfaces_of
 from s2d_compiler.plan import Plan
 from s2d_compiler.program import Program
@@ -122,7 +123,7 @@ def _dynamic_model(
     _move_indices(graphs, program)
     parts = DynamicParts(
         plan=plan,
-        cost=cost_of(program, graphs),
+        cost=cost_of(program, graphs, _of_buffers(network, program)),
         report=report_of(assignment, graphs),
         provenance={},
         interfaces=interfaces,
@@ -137,6 +138,12 @@ def _dynamic_model(
     known = set(dyn.state_dict(keep_vars=True))
     object.__setattr__(parts, "provenance", {k: v for k, v in slices.items() if k in known})
     return dyn.eval()
+
+
+def _of_buffers(network: fx.GraphModule, program: Program) -> set[int]:
+    """Ids of the tensors that are slices of the original's buffers."""
+    slices: Mapping[str, Slice] = network.meta["slices"]
+    return {id(find(network, k)) for k, s in slices.items() if s.source in program.buffers}
 
 
 def _move_indices(stages: list[fx.GraphModule], program: Program) -> None:

@@ -75,6 +75,8 @@ class Program:
         notes: Sentences about capture that the user should read.
         input_spec: pytree of ``(positional, keyword)`` inputs; None where all are positional
             tensors.
+        buffers: Keys in the original's state dict that are buffers; a layer whose weight is
+            one holds it as a parameter that needs no gradient.
     """
 
     graph_module: fx.GraphModule
@@ -86,6 +88,7 @@ class Program:
     output_spec: Any = None
     notes: tuple[str, ...] = ()
     input_spec: Any = None
+    buffers: frozenset[str] = frozenset()
 
     @property
     def nodes(self) -> Iterator[fx.Node]:
@@ -144,14 +147,14 @@ def safe_name(path: str) -> str:
     return ".".join(parts)
 
 
-def concrete(size: Any) -> int:
-    """A size with the symbolic batch replaced by ``SAMPLE_BATCH``."""
-    return size if isinstance(size, int) else _sampled(size.node.expr)
+def concrete(size: Any, batch: int = SAMPLE_BATCH) -> int:
+    """A size with the symbolic batch replaced by a number."""
+    return size if isinstance(size, int) else _sampled(size.node.expr, batch)
 
 
 @lru_cache(maxsize=4096)
-def _sampled(expression: Any) -> int:
-    return int(expression.subs(dict.fromkeys(expression.free_symbols, SAMPLE_BATCH)))
+def _sampled(expression: Any, batch: int) -> int:
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
 
 
 def is_symbolic(size: Any) -> bool:

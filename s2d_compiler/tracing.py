@@ -395,6 +395,7 @@ def _program(
         output_spec=output_spec,
         notes=tuple(notes),
         input_spec=call.structure,
+        buffers=frozenset(name for name, _ in model.named_buffers(remove_duplicate=False)),
     )
 
 

@@ -348,6 +348,7 @@ class Structure:
         self._sampled: set[fx.Node] = {self.input}
         self._next_id = VERSIONED + 1
         self._layer_of: dict[str, Layer] = {}
+        self._mixed: set[str] = set()
         self._expressions: dict[fx.Node, str] = {}
         self._sites: dict[str, Tensor] = {}
         self._predictions: list[str] | None = None
@@ -499,6 +500,10 @@ class Structure:
         assert isinstance(operand, fx.Node)
         ids: Tensor = self.ids[data]
         shape = shapes_of(node).shape
+        key = self.expression(operand) + (" convolved" if convolution else " multiplied")
+        if not convolution and carried(ids) - {1}:
+            self._mixed.add(key)
+            self._keep_whole(key)
         if not convolution and 1 not in carried(ids) and carried(ids):
             self.mixing.add(node)
             return ids[:, :1].expand(shape)
@@ -511,9 +516,9 @@ class Structure:
             return _expanded(VERSIONED, shape)
         else:
             columns = ids[0].tolist()
-        key = self.expression(operand) + (" convolved" if convolution else " multiplied")
         if key not in self._layer_of:
             self._layer_of[key] = self._new_layer(node, operand)
+            self._keep_whole(key)
         layer = self._layer_of[key]
         layer.input_resolutions.append(self._resolution(data, convolution))
         layer.output_resolutions.append(self._resolution(node, convolution))
@@ -526,6 +531,13 @@ class Structure:
         self._tie_groups(layer, columns)
         rows = torch.tensor(layer.rows)
         return rows.view(-1, *[1] * (len(shape) - 2)).expand(shape)
+
+    def _keep_whole(self, key: str) -> None:
+        """A layer that also mixes along positions is one atom of stage 1."""
+        if key in self._mixed and key in self._layer_of:
+            rows = torch.tensor(self._layer_of[key].rows)
+            self._tied_along(rows, 0, f"{key} is a layer and mixes along positions")
+            self.gates.add(int(rows[0]))
 
     def _new_layer(self, node: fx.Node, operand: fx.Node) -> Layer:
         convolution = name_of(node) == "convolution"

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2d_compiler import Plan
 from s2d_compiler.analysis.labels import VERSIONED
-from tests.proofs import Proved, proved
+from tests import consequences
+from tests.proofs import PLANS, Proved, proved
 
 TOKENS, HEADS, WIDTH = 6, 4, 2
 CHANNELS = HEADS * WIDTH
@@ -413,3 +415,28 @@ def test_rms_norm_is_coupled(norm: nn.Module) -> None:
     assert not found.unknown
     assert len(found.channels.coupled) == 1
     assert len(set(found.rows("a"))) == CHANNELS
+
+
+def test_a_layer_that_also_mixes_tokens_is_whole_in_stage_one() -> None:
+    """A cosine transform of patches: one table along both sides of a square."""
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(TOKENS, TOKENS))
+            self.conv = nn.Conv2d(TOKENS * TOKENS, 8, 1)
+            self.out = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.unfold(2, TOKENS, TOKENS).unfold(3, TOKENS, TOKENS)[:, 0]
+            y = F.linear(F.linear(y, self.table).transpose(-1, -2), self.table)
+            return self.out(self.conv(y.flatten(3).movedim(3, 1)).mean((2, 3)))
+
+    model = Patches().double().eval()
+    x = torch.randn(2, 3, 2 * TOKENS, 2 * TOKENS, dtype=torch.float64)
+    found = proved(model, tuple(x.shape[1:]))
+    assert len(set(found.rows("table_2"))) == 1
+    for plan in PLANS:
+        measured = consequences.check_all(model, Plan.from_dict(plan), x)
+        held = [p.numel() for n, p in measured.dyn.named_parameters() if "table" in n]
+        assert held == [TOKENS * TOKENS]

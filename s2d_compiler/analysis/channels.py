@@ -167,6 +167,15 @@ class ChannelContext:
         seen.append(columns)
         self.call_sites.setdefault(key, []).append(node.name)
 
+    def keep_whole(self, node: fx.Node) -> None:
+        """At this call site a layer is used whole: where another one cuts it, it is one atom of
+        stage 1, so that its weight is held once."""
+        key = self.weight_key(node)
+        if key in self.rows:
+            rows = self.rows[key]
+            self.ties.tie(rows[:1], rows)
+            self.pins.append(np.stack([rows[:1], np.full(1, -1)], axis=1))
+
 
 def constant_value(program: Program, node: fx.Node) -> torch.Tensor | None:
     """The value of a node that depends on buffers and constants alone, on the CPU."""
@@ -226,6 +235,10 @@ def _propagate(program: Program, predictions: frozenset[str]) -> _Trial:
             unknown.append(use)
         elif is_layer(node):
             context.refused.append(use)
+    sites = {name for names in context.call_sites.values() for name in names}
+    for node in program.nodes:
+        if is_layer(node) and node.name not in sites:
+            context.keep_whole(node)
     return context, rules, unknown
 
 

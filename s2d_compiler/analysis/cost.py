@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,9 +136,17 @@ def node_macs(program: Program, stage: fx.GraphModule, node: fx.Node) -> int:
     return int(macs * taken // total)
 
 
-def cost_of(program: Program, stages: list[fx.GraphModule]) -> Cost:
-    """Sum up the counts that the cost pass wrote."""
-    seen: set[int] = set()
+def cost_of(
+    program: Program, stages: list[fx.GraphModule], of_buffers: Collection[int] = ()
+) -> Cost:
+    """Sum up the counts that the cost pass wrote.
+
+    Args:
+        program: The original.
+        stages: The stage subgraphs.
+        of_buffers: Ids of tensors that count as no parameters: slices of the original's buffers.
+    """
+    seen: set[int] = set(of_buffers)
     rows: list[StageCost] = []
     total = 0
     for stage in stages:
@@ -148,7 +157,12 @@ def cost_of(program: Program, stages: list[fx.GraphModule]) -> Cost:
     original = sum(
         static_macs(program, n) for n in program.nodes if n.op in ("call_module", "call_function")
     )
-    parameters = sum({id(p): p.numel() for p in program.graph_module.parameters()}.values())
+    held = {
+        id(p): p.numel()
+        for name, p in program.graph_module.named_parameters()
+        if program.sources.get(name) not in program.buffers
+    }
+    parameters = sum(held.values())
     return Cost(tuple(rows), original, parameters)
 
 

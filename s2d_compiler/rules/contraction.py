@@ -120,7 +120,9 @@ def _in_result(
     shape, frame, at = list(sizes), [1] * len(result), 0
     for position, name in enumerate(result):
         if name in term.names:
-            shape[position] = 1 if name in shared and not term.carries(name) else term.shape[order[at]]
+            shape[position] = (
+                1 if name in shared and not term.carries(name) else term.shape[order[at]]
+            )
             frame[position] = moved.shape[at]
             at += 1
     return tuple(shape), moved.reshape(frame)

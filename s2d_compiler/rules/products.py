@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from s2d_compiler.program import SAMPLE_BATCH, batch_dimensions, concrete, shape_of, tensor_value
+from s2d_compiler.program import batch_dimensions, concrete, tensor_value
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 
@@ -26,15 +26,22 @@ def product_macs(node: fx.Node) -> int:
         return 0
     given = tree_leaves((node.args, dict(node.kwargs)))  # an operand may stand there twice
     operands = [n for n in given if isinstance(n, fx.Node) and tensor_value(n) is not None]
-    shapes = [shape_of(n) for n in operands]
+    shapes = [_single_shape(n) for n in operands]
     sized = [node] if tensor_value(node) is not None else node.all_input_nodes
     free = any(batch_dimensions(n) for n in sized)
-    batch = SAMPLE_BATCH if free else int(node.meta.get("fixed_batch", 1))
-    return _run_macs(node, target, shapes) // batch
+    macs = _run_macs(node, target, shapes)
+    return macs if free else macs // int(node.meta.get("fixed_batch", 1))
+
+
+def _single_shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's tensor for one sample; some models multiply sample by sample, which
+    costs more than in proportion to the batch."""
+    value = tensor_value(node)
+    return () if value is None else tuple(max(1, concrete(n, batch=1)) for n in value.shape)
 
 
 def _run_macs(node: fx.Node, target: torch._ops.OpOverload, shapes: list[tuple[int, ...]]) -> int:
-    name, out = target._opname, shape_of(node)
+    name, out = target._opname, _single_shape(node)
     if name in _CONVOLUTIONS and len(shapes) >= 2 and len(out) == len(shapes[1]):
         return _size(shapes[1]) * _size(out) // out[1]
     if name.startswith("conv_transpose") and len(shapes) >= 2:
@@ -107,8 +114,8 @@ def _counted(node: fx.Node, target: torch._ops.OpOverload) -> int:
     def shaped(n: fx.Node) -> Any:
         value = tensor_value(n)
         if value is None:
-            return concrete(n.meta["val"])
-        return torch.empty(shape_of(n), dtype=value.dtype, device="meta")
+            return concrete(n.meta["val"], batch=1)
+        return torch.empty(_single_shape(n), dtype=value.dtype, device="meta")
 
     try:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), shaped)
