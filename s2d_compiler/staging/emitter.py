@@ -48,7 +48,7 @@ class Emitter:
         self.sources: dict[tuple[str, str, int], fx.Node] = {}
         self.expressions: dict[Any, fx.Node] = {}
         self.weight_expressions: dict[str, bool] = {}
-        self.last_moved: tuple[fx.Node, Any] | None = None
+        self.last_moved: tuple[Any, Any] | None = None
         self.before: fx.Node | None = None
         for node in self.graph.nodes:
             self._remember(node)

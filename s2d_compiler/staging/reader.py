@@ -47,10 +47,12 @@ class PartReader(Emitter):
     def constant(self, node: fx.Node) -> torch.Tensor | None:
         return constant_value(self.program, node)
 
-    def moved_numbers(self, node: fx.Node, compute: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """What ``compute`` says of a node, kept until another node is asked for."""
-        if self.last_moved is None or self.last_moved[0] is not node:
-            self.last_moved = (node, compute(self, node))
+    def moved_numbers(
+        self, node: fx.Node, sample: Any, compute: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``compute`` says of a node at some size, kept until another is asked for."""
+        if self.last_moved is None or self.last_moved[0] != (node, sample):
+            self.last_moved = ((node, sample), compute(self, node, sample))
         found: tuple[torch.Tensor, torch.Tensor] = self.last_moved[1]
         return found
 
