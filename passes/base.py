@@ -58,6 +58,15 @@ def fingerprint(graph_module: fx.GraphModule) -> list[tuple[object, ...]]:
     ]
 
 
+def remove_unused(graph: fx.Graph) -> None:
+    """Take out what nobody reads, in one walk; modules of staged graphs have no side effects."""
+    for node in reversed(list(graph.nodes)):
+        if node.users or node.op in ("placeholder", "output"):
+            continue
+        if node.op == "call_module" or not node.is_impure():
+            graph.erase_node(node)
+
+
 class Pass(ABC):
     """One rewrite of a staged graph.
 

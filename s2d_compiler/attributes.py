@@ -84,6 +84,11 @@ def is_saved(root: nn.Module, target: str) -> bool:
     return last not in holder._non_persistent_buffers_set
 
 
+def empty_graph_module(class_name: str) -> fx.GraphModule:
+    """A graph module that holds nothing yet, for ``put`` and a graph."""
+    return fx.GraphModule(nn.Module(), fx.Graph(), class_name=class_name)
+
+
 def graph_module(root: nn.Module, graph: fx.Graph, class_name: str) -> fx.GraphModule:
     """A graph module over what ``root`` holds.
 

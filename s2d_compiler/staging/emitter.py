@@ -106,7 +106,11 @@ class Emitter:
         name = self._module_name(str(node.target), stage)
         if find(self.graph_module, name) is None:
             self.graph_module.add_submodule(name, meta_copy(module))
-        return self._finish(self.graph.call_module(name, tuple(args)), node, stage)
+        return self._finish(self._module_call(name, args), node, stage)
+
+    def _module_call(self, name: str, args: Any) -> fx.Node:
+        """A call of a module; whether it exists is for the verifier to say, of all at once."""
+        return self.graph.create_node("call_module", name, tuple(args))
 
     def _module_name(self, path: str, stage: int) -> str:
         return f"{SHARED}.{path}" if stage < 1 else f"stages.{stage - 1}.{path}"
@@ -135,7 +139,7 @@ class Emitter:
         key = _key("call_module", name, tuple(args), {})
         if key is not None and key in self.expressions:
             return self._used_again(self.expressions[key], stage)
-        created = self._finish(self.graph.call_module(name, tuple(args)), node, stage)
+        created = self._finish(self._module_call(name, args), node, stage)
         created.meta["kind"] = node.meta.get("kind")
         if node.name in self.channels.layer_of or node.meta.get("kind") in ("Linear", "Conv2d"):
             created.meta["positions"] = layer_positions(node)

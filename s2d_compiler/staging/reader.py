@@ -181,7 +181,7 @@ class PartReader(Emitter):
 
     def read_packed(self, node: fx.Node, where: Layout, stage: int) -> fx.Node:
         """Like ``read``, in packed layout."""
-        packed = layout(where.frame, np.asarray(where.positions, dtype=np.int64), packed=True)
+        packed = layout(where.frame, where.array, packed=True)
         return self.read(node, packed, stage)
 
     def _read_finer(self, node: fx.Node, where: Layout, stage: int, finer: list[int]) -> fx.Node:
@@ -213,7 +213,7 @@ class PartReader(Emitter):
             chosen = dict(zip(where.dimensions, where.lists, strict=True))
             lists = tuple(chosen[d + offset] for d in channel_dimensions(frame))
             return self.read(operand, layout(frame, box_positions(frame, lists)), stage)
-        coords = coordinates(where.frame, np.asarray(where.positions, dtype=np.int64))
+        coords = coordinates(where.frame, where.array)
         mine = tuple(
             np.zeros_like(coords[d + offset]) if frame[d] == 1 else coords[d + offset]
             for d in range(len(shape))
@@ -260,7 +260,7 @@ class PartReader(Emitter):
         self, node: fx.Node, where: Layout, stage: int, *, hide_later: bool = False
     ) -> fx.Node:
         owners = self.owners(node).reshape(-1)
-        positions = np.asarray(where.positions, dtype=np.int64)
+        positions = where.array
         wanted = owners[positions]
         later = wanted > stage
         if later.any() and not hide_later:
@@ -270,7 +270,7 @@ class PartReader(Emitter):
         zero = later | (wanted == ZERO)
         if zero.all() and zero.size:
             return self._zeros(node, where, stage)
-        pieces = self._pieces(node, np.unique(wanted[~zero]).tolist(), stage)
+        pieces = self._pieces(node, sorted(set(wanted[~zero].tolist())), stage)
         held = np.concatenate([p for p, _ in pieces])
         if len(pieces) == 1 and np.array_equal(held, positions):
             only = pieces[0][1]
@@ -440,7 +440,7 @@ class PartReader(Emitter):
         """Concatenation along a channel dimension at some positions of its result."""
         sizes = [shape_of(n)[dimension] for n in operands]
         starts = np.cumsum([0, *sizes])
-        coords = coordinates(where.frame, np.asarray(where.positions, dtype=np.int64))
+        coords = coordinates(where.frame, where.array)
         parts: list[fx.Node] = []
         order: list[Positions] = []
         for operand, start, size in zip(operands, starts, sizes, strict=False):
