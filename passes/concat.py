@@ -25,6 +25,7 @@ class ConcatFeatures(Pass):
     """
 
     name: ClassVar[str] = "concat-features"
+    verified: ClassVar[bool] = False  # the graph is whole once it has exits
     assignment: StageAssignment
 
     def __repr__(self) -> str:

@@ -37,10 +37,10 @@ def _held(value: Any, name: str) -> Any:
     these tables, and graphs ask for thousands of names."""
     if not isinstance(value, nn.Module):
         return None
-    for table in (value._modules, value._parameters, value._buffers):
-        if (found := table.get(name)) is not None:
-            return found
-    return None
+    found: Any = value._modules.get(name)
+    if found is None:
+        found = value._parameters.get(name)
+    return value._buffers.get(name) if found is None else found
 
 
 def is_container(value: Any) -> bool:

@@ -249,9 +249,12 @@ def fill(root: nn.Module, slices: Mapping[str, Slice], program: Program) -> None
     tensors = originals(program)
     made: dict[tuple[str, Slice], nn.Parameter] = {}
     replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps the old one, for its id
+    path: str | None = None
+    module: Any = None
     for name, where in slices.items():
         container, _, last = name.rpartition(".")
-        module = find(root, container) if container else root
+        if container != path:  # tensors of one module follow each other
+            path, module = container, find(root, container) if container else root
         if module is None:
             continue
         old = module._parameters.get(last, module._buffers.get(last))

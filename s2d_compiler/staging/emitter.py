@@ -12,6 +12,7 @@ from torch import fx
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.analysis.channels import layer_positions
 from s2d_compiler.attributes import find, put
+from s2d_compiler.layout import Positions
 from s2d_compiler.provenance import Slice
 from s2d_compiler.thin import meta_copy, place_slices
 
@@ -47,6 +48,7 @@ class Emitter:
         self.slices: dict[str, Slice] = graph_module.meta["slices"]
         self.sources: dict[tuple[str, str, int], fx.Node] = {}
         self.expressions: dict[Any, fx.Node] = {}
+        self.positions: dict[tuple[str, str, int], Positions] = {}
         self.weight_expressions: dict[str, bool] = {}
         self.last_moved: tuple[Any, Any] | None = None
         self.before: fx.Node | None = None
@@ -256,11 +258,22 @@ def _key(op: str, target: Any, args: Any, kwargs: Any) -> Any:
     ):
         return None
 
-    def freeze(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return (type(value).__name__[:1], *map(freeze, value))
-        if isinstance(value, dict):
-            return tuple((k, freeze(v)) for k, v in sorted(value.items()))
-        return (type(value), value)
+    # one flat tuple: nested ones are so many that collecting garbage takes longer than this
+    parts: list[Any] = [op, target]
 
-    return (op, target, freeze(args), freeze(kwargs))
+    def add(value: Any) -> None:
+        if isinstance(value, list | tuple):
+            parts.extend((type(value).__name__[:1], len(value)))
+            for item in value:
+                add(item)
+        elif isinstance(value, dict):
+            parts.extend(("d", len(value)))
+            for key, item in sorted(value.items()):
+                parts.append(key)
+                add(item)
+        else:
+            parts.extend((type(value), value))
+
+    add(args)
+    add(kwargs)
+    return tuple(parts)

@@ -76,6 +76,12 @@ class PartReader(Emitter):
 
     def positions_of(self, node: fx.Node, kind: str, stage: int) -> Positions:
         """Positions of a value that one source holds, in order."""
+        key = (node.name, kind, stage if kind == PART else 0)
+        if (found := self.positions.get(key)) is None:
+            found = self.positions[key] = self._positions_of(node, kind, stage)
+        return found
+
+    def _positions_of(self, node: fx.Node, kind: str, stage: int) -> Positions:
         owners = self.owners(node).reshape(-1)
         if kind == VERSION:
             return np.flatnonzero(owners == VERSIONED)
@@ -270,8 +276,9 @@ class PartReader(Emitter):
         zero = later | (wanted == ZERO)
         if zero.all() and zero.size:
             return self._zeros(node, where, stage)
-        pieces = self._pieces(node, sorted(set(wanted[~zero].tolist())), stage)
-        held = np.concatenate([p for p, _ in pieces])
+        owning = wanted[~zero] if zero.any() else wanted
+        pieces = self._pieces(node, sorted(set(owning.tolist())), stage)
+        held = pieces[0][0] if len(pieces) == 1 else np.concatenate([p for p, _ in pieces])
         if len(pieces) == 1 and np.array_equal(held, positions):
             only = pieces[0][1]
             packed_only = layout(where.frame, positions).is_box and not where.is_box
