@@ -109,19 +109,14 @@ def take(tensor: torch.Tensor, where: Layout) -> torch.Tensor:
     dimensions = where.dimensions
     if where.lists is not None:
         for d, chosen in zip(dimensions, where.lists, strict=True):
-            tensor = tensor.index_select(d, torch.tensor(chosen, dtype=torch.long))
+            tensor = tensor.index_select(d, torch.from_numpy(np.array(chosen, dtype=np.int64)))
         return tensor
     order, merged, final = packing(tuple(tensor.shape), dimensions)
     flat = tensor.permute(order).reshape(merged)
-    index = torch.tensor(_flat_index(where), dtype=torch.long)
+    index = torch.from_numpy(where.array.copy())  # frames are row-major
     shape = list(final)
     shape[dimensions[0]] = len(where.positions)
     return flat.index_select(dimensions[0], index).reshape(shape)
-
-
-def _flat_index(where: Layout) -> list[int]:
-    """Positions as indices into the merged channel dimension (frames are row-major)."""
-    return list(where.positions)
 
 
 def packing(

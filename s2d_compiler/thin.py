@@ -274,7 +274,7 @@ def fill(root: nn.Module, slices: Mapping[str, Slice], program: Program) -> None
             replaced[id(old)] = (old, new)
         (module._parameters if last in module._parameters else module._buffers)[last] = replaced[
             id(old)
-        ][1]  # type: ignore[assignment]
+        ][1]
 
 
 def originals(program: Program) -> dict[str, torch.Tensor]:

@@ -130,14 +130,11 @@ class Movement(OperatorRule):
         frame: tuple[int, ...], shape: tuple[int, ...], wanted: torch.Tensor
     ) -> Layout:
         """The operand's positions that the wanted elements come from, in order."""
-        count = int(np.prod(frame, dtype=np.int64))
-        needed = torch.zeros(int(np.prod(shape, dtype=np.int64)), dtype=torch.bool)
-        needed[wanted.reshape(-1)] = True
-        others = [d for d, n in enumerate(frame) if n == 1 and shape[d] > 1]
-        needed = needed.reshape(shape)
-        if others:
-            needed = needed.amax(others, keepdim=True)
-        return layout(frame, torch.nonzero(needed.expand(frame).reshape(count)).flatten().numpy())
+        needed = np.zeros(int(np.prod(shape, dtype=np.int64)), dtype=np.bool_)
+        needed[wanted.reshape(-1).numpy()] = True
+        others = tuple(d for d, n in enumerate(frame) if n == 1 and shape[d] > 1)
+        inside = np.any(needed.reshape(shape), axis=others, keepdims=True)
+        return layout(frame, np.flatnonzero(np.broadcast_to(inside, frame)))
 
     def _moves_alike(
         self,
