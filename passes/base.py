@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,10 @@ from s2d_compiler.errors import PassError
 from s2d_compiler.verifier import verify_graph
 
 log = logging.getLogger(__name__)
+
+#: Whether pipelines verify the graph after every pass, to tell which one broke it. Otherwise
+#: the passes that are part of this package share the verification of what they make together.
+VERIFY_ALWAYS = bool(os.environ.get("S2D_VERIFY_ALWAYS"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,15 @@ def fingerprint(graph_module: fx.GraphModule) -> list[tuple[object, ...]]:
     ]
 
 
+def remove_unused(graph: fx.Graph) -> None:
+    """Take out what nobody reads, in one walk; modules of staged graphs have no side effects."""
+    for node in reversed(list(graph.nodes)):
+        if node.users or node.op in ("placeholder", "output"):
+            continue
+        if node.op == "call_module" or not node.is_impure():
+            graph.erase_node(node)
+
+
 class Pass(ABC):
     """One rewrite of a staged graph.
 
@@ -67,6 +81,9 @@ class Pass(ABC):
 
     #: Name on command lines and in messages.
     name: ClassVar[str]
+    #: Whether a pipeline verifies the graph right after the pass, or leaves it to the next one
+    #: that does (see ``VERIFY_ALWAYS``).
+    verified: ClassVar[bool] = True
 
     def requires(self, graph_module: fx.GraphModule) -> None:  # noqa: B027 - nothing by default
         """Raise ``PassError`` if the pass cannot run on this graph."""
@@ -78,24 +95,28 @@ class Pass(ABC):
     def ensures(self, graph_module: fx.GraphModule) -> None:  # noqa: B027 - nothing by default
         """Raise ``PassError`` if the rewritten graph is not what the pass promises."""
 
-    def run(self, graph_module: fx.GraphModule, *, recompile: bool = True) -> PassResult:
+    def run(
+        self, graph_module: fx.GraphModule, *, recompile: bool = True, verify: bool = True
+    ) -> PassResult:
         """Run the pass under its contract.
 
         Args:
             graph_module: The graph to rewrite.
             recompile: Whether the result must run; a pipeline recompiles once, at its end.
+            verify: Whether to verify the graph, and that a pass that says so changed nothing.
 
         Raises:
             PassError: A condition does not hold; a note says which pass was running.
         """
-        before = fingerprint(graph_module)
+        before = fingerprint(graph_module) if verify else []
         try:
             self.requires(graph_module)
             result = self.call(graph_module)
-            if not result.changed and fingerprint(result.graph_module) != before:
-                raise PassError(f"{self.name} changed the graph and said that it did not")
-            result.graph_module.graph.lint()
-            verify_graph(result.graph_module)
+            if verify:
+                if not result.changed and fingerprint(result.graph_module) != before:
+                    raise PassError(f"{self.name} changed the graph and said that it did not")
+                result.graph_module.graph.lint()
+                verify_graph(result.graph_module)
             self.ensures(result.graph_module)
             if recompile:
                 result.graph_module.recompile()
@@ -122,8 +143,13 @@ class Pipeline:
             graph_module: The graph to rewrite.
             between: Called after each pass with the pass and its result (to print it, say).
         """
+        watched = VERIFY_ALWAYS or between is not None
         for each in self.passes:
-            result = each.run(graph_module, recompile=between is not None)
+            result = each.run(
+                graph_module,
+                recompile=between is not None,
+                verify=each.verified or each is self.passes[-1] or watched,
+            )
             graph_module = result.graph_module
             log.debug("%s: %s", each.name, "changed" if result.changed else "unchanged")
             if between is not None:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from passes.base import SPLIT, Pass, PassResult, require_form
+from passes.base import SPLIT, Pass, PassResult, remove_unused, require_form
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.staging import StageBuilder
 from s2d_compiler.thin import remove_modules
@@ -25,6 +25,7 @@ class ConcatFeatures(Pass):
     """
 
     name: ClassVar[str] = "concat-features"
+    verified: ClassVar[bool] = False  # the graph is whole once it has exits
     assignment: StageAssignment
 
     def __repr__(self) -> str:
@@ -42,7 +43,7 @@ class ConcatFeatures(Pass):
         for thin in wider:
             self._widen(builder, thin)
         if wider:
-            graph_module.graph.eliminate_dead_code()
+            remove_unused(graph_module.graph)
         return PassResult(graph_module, changed=bool(wider))
 
     def _is_wider(self, builder: StageBuilder, thin: fx.Node) -> bool:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from passes.base import EXITS, SPLIT, Pass, PassResult, require_form
+from passes.base import EXITS, SPLIT, Pass, PassResult, remove_unused, require_form
 from passes.split import exit_of
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.errors import PassError
@@ -48,7 +48,7 @@ class AddExits(Pass):
             )
         output.args = (exits,)
         graph_module.meta["form"] = EXITS
-        graph.eliminate_dead_code()
+        remove_unused(graph)
         return PassResult(graph_module, changed=True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:

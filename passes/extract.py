@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from passes.base import EXITS, STAGES, Pass, PassResult, require_form
-from s2d_compiler.attributes import find, graph_module, is_container, is_saved, put, read
+from s2d_compiler.attributes import empty_graph_module, find, is_container, is_saved, put, read
 from s2d_compiler.provenance import Slice
 from s2d_compiler.staging import SHARED
 
@@ -49,7 +49,7 @@ class _Extraction:
         self.exits: list[tuple[Any, ...]] = list(output.args[0])
         self._place(output)
         self._localise_sizes()
-        result = fx.GraphModule(nn.Module(), fx.Graph(), class_name="DynamicNetwork")
+        result = empty_graph_module("DynamicNetwork")
         result.meta["form"] = STAGES
         result.meta["slices"] = {}
         environment = {
@@ -146,7 +146,7 @@ class _StageGraph:
         self.work = work
         self.stage = stage
         self.graph = fx.Graph()
-        self.root = nn.Module()
+        self.root = empty_graph_module(f"Stage{stage}")
         self.slices: dict[str, Slice] = {}
         self.map: dict[fx.Node, fx.Node] = {}
         self.inputs: list[fx.Node] = []
@@ -214,8 +214,9 @@ class _StageGraph:
         self.graph.output((leaves, tuple(self.map[n] for n in handed)))
 
     def graph_module(self) -> fx.GraphModule:
+        self.root.graph = self.graph
         self.graph.lint()
-        return graph_module(self.root, self.graph, f"Stage{self.stage}")
+        return self.root
 
 
 def _install(root: nn.Module, name: str, value: Any, saved: bool) -> str:

@@ -16,16 +16,31 @@ def read(root: nn.Module, target: str) -> Any:
     """
     value: Any = root
     for part in target.split("."):
-        value = getattr(value, part)
+        held = _held(value, part)
+        value = getattr(value, part) if held is None else held
     return value
 
 
 def find(root: nn.Module, target: str) -> Any:
     """What stands under a dotted name, None for nothing."""
-    try:
-        return read(root, target)
-    except AttributeError:
+    value: Any = root
+    for part in target.split("."):
+        held = _held(value, part)
+        value = getattr(value, part, None) if held is None else held
+        if value is None:
+            return None
+    return value
+
+
+def _held(value: Any, name: str) -> Any:
+    """What a module holds under a name. Its own attribute access fails once before it looks in
+    these tables, and graphs ask for thousands of names."""
+    if not isinstance(value, nn.Module):
         return None
+    found: Any = value._modules.get(name)
+    if found is None:
+        found = value._parameters.get(name)
+    return value._buffers.get(name) if found is None else found
 
 
 def with_or_without_bias(module: nn.Module, has_bias: bool) -> nn.Module:
@@ -58,9 +73,9 @@ def put(root: nn.Module, target: str, value: Any, *, saved: bool = True) -> None
     *containers, last = target.split(".")
     module = root
     for part in containers:
-        if part not in module._modules:
+        if module._modules.get(part) is None:
             module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
+        module = read(module, part)
     if isinstance(value, nn.Module):
         module.add_module(last, value)
     elif isinstance(value, nn.Parameter):
@@ -72,7 +87,13 @@ def put(root: nn.Module, target: str, value: Any, *, saved: bool = True) -> None
 def is_saved(root: nn.Module, target: str) -> bool:
     """Whether a tensor under a dotted name belongs to the state dict."""
     container, _, last = target.rpartition(".")
-    return last not in root.get_submodule(container)._non_persistent_buffers_set
+    holder = read(root, container) if container else root
+    return last not in holder._non_persistent_buffers_set
+
+
+def empty_graph_module(class_name: str) -> fx.GraphModule:
+    """A graph module that holds nothing yet, for ``put`` and a graph."""
+    return fx.GraphModule(nn.Module(), fx.Graph(), class_name=class_name)
 
 
 def graph_module(root: nn.Module, graph: fx.Graph, class_name: str) -> fx.GraphModule:
@@ -83,7 +104,7 @@ def graph_module(root: nn.Module, graph: fx.Graph, class_name: str) -> fx.GraphM
     result = fx.GraphModule(root, graph, class_name=class_name)
     for path, module in root.named_modules():
         if is_container(module) and (not path or find(result, path) is not None):
-            held = result.get_submodule(path)
+            held = read(result, path) if path else result
             held._non_persistent_buffers_set |= module._non_persistent_buffers_set
     return result
 

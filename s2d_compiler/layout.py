@@ -13,7 +13,7 @@ some of its positions, in one of two layouts, both of the value's rank:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -44,11 +44,13 @@ class Layout:
         frame: The frame that the positions index.
         positions: The positions, in the order of the part.
         lists: Per channel dimension its index list when the part is a box, else None.
+        array: The positions as an array that cannot be written.
     """
 
     frame: Frame
     positions: tuple[int, ...]
     lists: tuple[tuple[int, ...], ...] | None
+    array: Positions = field(compare=False, repr=False)
 
     @property
     def dimensions(self) -> tuple[int, ...]:
@@ -74,23 +76,23 @@ class Layout:
 
 def layout(frame: Frame, positions: Positions, *, packed: bool = False) -> Layout:
     """The layout of these positions: a box if they form one in row-major order."""
-    return _layout(frame, tuple(positions.tolist()), packed)
+    return _layout(frame, positions.astype(np.int64, copy=False).tobytes(), packed)
 
 
 @lru_cache(maxsize=65536)
-def _layout(frame: Frame, positions: tuple[int, ...], packed: bool) -> Layout:
+def _layout(frame: Frame, data: bytes, packed: bool) -> Layout:
+    array = np.frombuffer(data, dtype=np.int64)
+    positions = tuple(array.tolist())
     dimensions = channel_dimensions(frame)
     if len(dimensions) <= 1:
-        return Layout(frame, positions, (positions,) if dimensions else ())
+        return Layout(frame, positions, (positions,) if dimensions else (), array)
     if packed:
-        return Layout(frame, positions, None)
-    coords = coordinates(frame, np.asarray(positions, dtype=np.int64))
+        return Layout(frame, positions, None, array)
+    coords = coordinates(frame, array)
     lists = tuple(tuple(int(c) for c in dict.fromkeys(coords[d].tolist())) for d in dimensions)
-    if np.prod([len(chosen) for chosen in lists]) == len(positions):
-        product = box_positions(frame, lists)
-        if tuple(product.tolist()) == positions:
-            return Layout(frame, positions, lists)
-    return Layout(frame, positions, None)
+    size = np.prod([len(chosen) for chosen in lists])
+    is_box = size == len(positions) and np.array_equal(box_positions(frame, lists), array)
+    return Layout(frame, positions, lists if is_box else None, array)
 
 
 def box_positions(frame: Frame, lists: tuple[tuple[int, ...], ...]) -> Positions:
@@ -107,19 +109,14 @@ def take(tensor: torch.Tensor, where: Layout) -> torch.Tensor:
     dimensions = where.dimensions
     if where.lists is not None:
         for d, chosen in zip(dimensions, where.lists, strict=True):
-            tensor = tensor.index_select(d, torch.tensor(chosen, dtype=torch.long))
+            tensor = tensor.index_select(d, torch.from_numpy(np.array(chosen, dtype=np.int64)))
         return tensor
     order, merged, final = packing(tuple(tensor.shape), dimensions)
     flat = tensor.permute(order).reshape(merged)
-    index = torch.tensor(_flat_index(where), dtype=torch.long)
+    index = torch.from_numpy(where.array.copy())  # frames are row-major
     shape = list(final)
     shape[dimensions[0]] = len(where.positions)
     return flat.index_select(dimensions[0], index).reshape(shape)
-
-
-def _flat_index(where: Layout) -> list[int]:
-    """Positions as indices into the merged channel dimension (frames are row-major)."""
-    return list(where.positions)
 
 
 def packing(

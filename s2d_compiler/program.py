@@ -112,7 +112,7 @@ class Program:
     def module(self, node: fx.Node) -> Any:
         """The raised module that a ``call_module`` node calls."""
         assert node.op == "call_module"
-        return self.graph_module.get_submodule(str(node.target))
+        return read(self.graph_module, str(node.target))
 
     def attribute(self, node: fx.Node) -> torch.Tensor:
         """The tensor that a ``get_attr`` node reads."""

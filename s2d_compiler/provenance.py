@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 #: Positions taken along one dimension, None for all of them.
@@ -35,8 +36,8 @@ class Slice:
         result = tensor
         for dimension, positions in enumerate(self.index):
             if positions is not None:
-                index = torch.tensor(positions, dtype=torch.long, device=tensor.device)
-                result = result.index_select(dimension, index)
+                index = torch.from_numpy(np.asarray(positions, dtype=np.int64))
+                result = result.index_select(dimension, index.to(tensor.device))
         return result.clone() if result is tensor else result
 
 
@@ -46,6 +47,8 @@ Provenance = Mapping[str, Slice]
 def normalised(index: tuple[Positions, ...], shape: tuple[int, ...]) -> tuple[Positions, ...]:
     """Replace index lists that take everything in order by None."""
     return tuple(
-        None if positions is not None and positions == tuple(range(size)) else positions
+        None
+        if positions is not None and len(positions) == size and positions == tuple(range(size))
+        else positions
         for positions, size in zip(index, shape, strict=True)
     )

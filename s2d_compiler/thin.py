@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import fx, nn
 
-from s2d_compiler.attributes import empty_like, is_taken, put, read, with_or_without_bias
+from s2d_compiler.attributes import empty_like, find, is_taken, put, read
 from s2d_compiler.computed import ComputedLayer, weight_shape
 from s2d_compiler.program import Program
 from s2d_compiler.provenance import Slice, normalised
@@ -106,14 +106,17 @@ def _transposed_index(
 
 
 def _resized_layer(module: nn.Module, inputs: int, outputs: int, groups: int) -> nn.Module:
-    options: dict[str, Any] = {"bias": module.bias is not None, "device": "meta"}
-    options["dtype"] = module.weight.dtype
     if isinstance(module, nn.Linear):
-        return nn.Linear(inputs, outputs, **options)
-    options |= {k: getattr(module, k) for k in ("stride", "padding", "dilation")}
-    if module.transposed:
-        options["output_padding"] = module.output_padding
-    return type(module)(inputs, outputs, module.kernel_size, groups=groups, **options)
+        return _with(module, in_features=inputs, out_features=outputs)
+    return _with(module, in_channels=inputs, out_channels=outputs, groups=groups)
+
+
+def _with(module: nn.Module, **settings: Any) -> nn.Module:
+    """A module of the same tensors and other settings, for ``place_slices`` to give its own;
+    building one anew would initialise weights only to drop them."""
+    changed = type(module).__new__(type(module))
+    changed.__dict__ = {**module.__dict__, **settings}
+    return changed
 
 
 def head_module(
@@ -140,30 +143,14 @@ def thin_per_channel_module(
 
 
 def _resized_norm(module: nn.Module, channels: int, groups: int | None) -> nn.Module:
-    options: dict[str, Any] = {"device": "meta"}
-    tensor = next(module.parameters(), next(module.buffers(), None))
-    if tensor is not None and tensor.is_floating_point():
-        options["dtype"] = tensor.dtype
     if isinstance(module, nn.PReLU):
-        return nn.PReLU(1 if module.num_parameters == 1 else channels, **options)
+        return _with(module, num_parameters=1 if module.num_parameters == 1 else channels)
     if isinstance(module, nn.GroupNorm):
         assert groups is not None
-        group = nn.GroupNorm(groups, channels, eps=module.eps, affine=module.affine, **options)
-        return with_or_without_bias(group, module.bias is not None)
-    if isinstance(module, nn.LayerNorm):
-        return nn.LayerNorm(
-            channels,
-            eps=module.eps,
-            elementwise_affine=module.elementwise_affine,
-            bias=module.bias is not None,
-            **options,
-        )
-    if isinstance(module, nn.RMSNorm):
-        affine = module.elementwise_affine
-        return nn.RMSNorm(channels, eps=module.eps, elementwise_affine=affine, **options)
-    kept = ("eps", "momentum", "affine", "track_running_stats")
-    norm = type(module)(channels, **{k: getattr(module, k) for k in kept}, **options)
-    return with_or_without_bias(norm, module.bias is not None)
+        return _with(module, num_groups=groups, num_channels=channels)
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return _with(module, normalized_shape=(channels,))
+    return _with(module, num_features=channels)
 
 
 # -- placing and filling ---------------------------------------------------------------------------
@@ -194,7 +181,8 @@ def place_slices(
         candidate = f"{name}_{count}"
         entries = {f"{candidate}.{k}" if k else candidate: s for k, (_, s) in slices.items()}
     if like is not None:
-        graph_module.add_submodule(candidate, meta_copy(like))
+        sizes = {k: where.shape(tensor) for k, (tensor, where) in slices.items()}
+        put(graph_module, candidate, meta_copy(like, sizes))
     else:
         tensor, where = slices[""]
         shape = empty_like(tensor, where.shape(tensor))
@@ -227,17 +215,25 @@ def _same_kind(root: nn.Module, name: str, like: nn.Module | None) -> bool:
     return type(found) is type(like) and found.extra_repr() == like.extra_repr()
 
 
-def meta_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module on the meta device."""
+def meta_copy(module: nn.Module, sizes: Mapping[str, tuple[int, ...]] | None = None) -> nn.Module:
+    """A copy of a module on the meta device.
+
+    Args:
+        module: The module.
+        sizes: Shapes of tensors that have another one in the copy.
+    """
+    sizes = sizes or {}
     copied = type(module).__new__(type(module))
-    copied.__dict__ = {**module.__dict__}
+    copied.__dict__ = {  # hooks and other tables are its own
+        k: v.copy() if isinstance(v, dict | set) else v for k, v in module.__dict__.items()
+    }
     copied._parameters = {
-        k: None if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+        k: None if p is None else empty_like(p, sizes.get(k, tuple(p.shape)))  # type: ignore[misc]
         for k, p in module._parameters.items()
     }
     kept = module.constants() if isinstance(module, ComputedLayer) else ()
     copied._buffers = {
-        k: b if b is None or k in kept else b.detach().to("meta")
+        k: b if b is None or k in kept else empty_like(b, sizes.get(k, tuple(b.shape)))
         for k, b in module._buffers.items()
     }
     copied._modules = {}
@@ -253,11 +249,13 @@ def fill(root: nn.Module, slices: Mapping[str, Slice], program: Program) -> None
     tensors = originals(program)
     made: dict[tuple[str, Slice], nn.Parameter] = {}
     replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps the old one, for its id
+    path: str | None = None
+    module: Any = None
     for name, where in slices.items():
         container, _, last = name.rpartition(".")
-        try:
-            module = root.get_submodule(container)
-        except AttributeError:
+        if container != path:  # tensors of one module follow each other
+            path, module = container, find(root, container) if container else root
+        if module is None:
             continue
         old = module._parameters.get(last, module._buffers.get(last))
         if old is None:
@@ -267,8 +265,8 @@ def fill(root: nn.Module, slices: Mapping[str, Slice], program: Program) -> None
         if id(old) not in replaced:
             if last not in module._parameters:
                 new: torch.Tensor = where.take(original.detach())
-            elif (stage, where) in made:
-                new = made[stage, where]
+            elif (known := made.get((stage, where))) is not None:
+                new = known
             else:
                 data = where.take(original.detach())
                 new = nn.Parameter(data, requires_grad=original.requires_grad)
@@ -276,7 +274,7 @@ def fill(root: nn.Module, slices: Mapping[str, Slice], program: Program) -> None
             replaced[id(old)] = (old, new)
         (module._parameters if last in module._parameters else module._buffers)[last] = replaced[
             id(old)
-        ][1]  # type: ignore[assignment]
+        ][1]
 
 
 def originals(program: Program) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from s2d_compiler.attributes import read
+from s2d_compiler.attributes import find
 from s2d_compiler.errors import PassError
 
 
@@ -81,30 +81,29 @@ def _verify_stages(graph_module: fx.GraphModule) -> None:
 def _require_target(graph_module: fx.GraphModule, node: fx.Node) -> None:
     if node.op not in ("call_module", "get_attr"):
         return
-    try:
-        read(graph_module, str(node.target))
-    except AttributeError as error:
+    if find(graph_module, str(node.target)) is None:
         verb = "calls" if node.op == "call_module" else "reads"
-        raise PassError(
-            f"node {node.name!r} {verb} {node.target!r}, which does not exist"
-        ) from error
+        raise PassError(f"node {node.name!r} {verb} {node.target!r}, which does not exist")
 
 
 def _verify_slices(graph_module: fx.GraphModule) -> None:
-    tensors: dict[str, torch.Tensor] = dict(graph_module.named_parameters(remove_duplicate=False))
-    tensors |= dict(graph_module.named_buffers(remove_duplicate=False))
+    path, holder = None, None
     for name, where in graph_module.meta.get("slices", {}).items():
-        tensor = tensors.get(name)
-        if tensor is None:
+        container, _, last = name.rpartition(".")
+        if container != path:  # tensors of one module follow each other
+            path, holder = container, find(graph_module, container) if container else graph_module
+        tensor = None if holder is None else find(holder, last)
+        if not isinstance(tensor, torch.Tensor):
             raise PassError(f"meta['slices'] names {name!r}, which does not exist")
-        if len(where.index) != tensor.dim():
+        shape = tensor.shape
+        if len(where.index) != len(shape):
             raise PassError(
-                f"{name} has shape {tuple(tensor.shape)}, its slice {len(where.index)} dimensions"
+                f"{name} has shape {tuple(shape)}, its slice {len(where.index)} dimensions"
             )
-        for size, positions in zip(tensor.shape, where.index, strict=True):
+        for size, positions in zip(shape, where.index, strict=True):
             if positions is not None and len(positions) != size:
                 raise PassError(
-                    f"{name} has shape {tuple(tensor.shape)}, its slice {len(positions)} positions"
+                    f"{name} has shape {tuple(shape)}, its slice {len(positions)} positions"
                 )
 
 

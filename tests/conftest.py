@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Verify graphs after every pass; read when the package is imported.
+os.environ.setdefault("S2D_VERIFY_ALWAYS", "1")
+
 # Tests are small and may run in several processes: more threads only wait for each other.
 torch.set_num_threads(1)
 

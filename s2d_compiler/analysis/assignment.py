@@ -138,7 +138,7 @@ def _by_weight(
 
 
 #: Weights that are held in double precision at once.
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 18
 
 
 def row_weights(program: Program, layer: str) -> npt.NDArray[np.float64]:
@@ -148,7 +148,7 @@ def row_weights(program: Program, layer: str) -> npt.NDArray[np.float64]:
     if not getattr(module, "transposed", False):
         rows = weight.flatten(1)
         step = max(1, _AT_ONCE // max(1, rows.shape[1]))
-        sums = [r.double().abs().sum(1).cpu() for r in torch.split(rows, step)]
+        sums = [r.abs().double().sum(1).cpu() for r in torch.split(rows, step)]
         return np.asarray(torch.cat(sums))
     weight = weight.double().abs().cpu()
     groups = int(module.groups)

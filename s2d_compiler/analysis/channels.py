@@ -358,12 +358,11 @@ def _families(
     count = 1
     for channels in layers.values():
         for touched in (channels.rows, *channels.columns):
-            members = np.unique(touched[touched >= 0])
-            fresh: dict[int, int] = {}
-            for old in np.unique(family[members]).tolist():
-                fresh[old] = count
-                count += 1
-            family[members] = [fresh[old] for old in family[members].tolist()]
+            inside = np.zeros(atom_count, dtype=np.bool_)
+            inside[touched[touched >= 0]] = True
+            olds, fresh = np.unique(family[inside], return_inverse=True)
+            family[inside] = count + fresh
+            count += len(olds)
     rank = np.full(atom_count, np.iinfo(np.int64).max)
     writers: dict[int, list[str]] = {}
     readers: dict[int, list[str]] = {}

@@ -159,7 +159,7 @@ def source_layout(labels: Labels, dimensions: set[int], where: Layout, keep: boo
         chosen = {outer[d]: values for d, values in zip(where.dimensions, where.lists, strict=True)}
         lists = tuple(chosen.get(d, tuple(range(frame[d]))) for d in channel_dimensions(frame))
         return layout(frame, box_positions(frame, lists))
-    coords = coordinates(where.frame, np.asarray(where.positions, dtype=np.int64))
+    coords = coordinates(where.frame, where.array)
     full = [np.zeros(len(where.positions), dtype=np.int64) for _ in frame]
     for d, values in zip(outer, coords, strict=True):
         full[d] = values
@@ -299,7 +299,7 @@ class Pad(OperatorRule):
         where: Layout,
     ) -> Layout | None:
         """Operand positions of result positions; None if one of them is padding."""
-        coords = list(coordinates(where.frame, np.asarray(where.positions, dtype=np.int64)))
+        coords = list(coordinates(where.frame, where.array))
         frame = list(labels.shape)
         for d in touched:
             coords[d] = coords[d] - pads[d][0]

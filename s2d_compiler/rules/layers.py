@@ -237,7 +237,7 @@ class FixedFilter(OperatorRule):
         weight = arguments["weight"]
         source = builder.read(operand_of(node), where, stage)
         if where.dimensions:
-            positions = np.asarray(where.positions, dtype=np.int64)
+            positions = where.array
             frame = tuple(n if d == 0 else 1 for d, n in enumerate(shape_of(weight)))
             kernel = builder.read(weight, layout(frame, positions), stage)
             arguments["groups"] = len(positions)

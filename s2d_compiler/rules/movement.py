@@ -19,6 +19,7 @@ from s2d_compiler.layout import Layout, layout, packing, take
 from s2d_compiler.program import batch_dimensions, concrete, is_scalar, shape_of, tensor_value
 from s2d_compiler.rules.base import NoRule, OperatorRule, register
 from s2d_compiler.rules.channelwise import operand_of
+from s2d_compiler.rules.sampling import SIZED, Sample, sample_of
 
 if TYPE_CHECKING:
     from s2d_compiler.analysis.channels import ChannelContext
@@ -30,8 +31,8 @@ aten = torch.ops.aten
 _LARGEST_PROOF = 400_000_000
 
 
-def move(node: fx.Node, source: torch.Tensor, constants: Any) -> torch.Tensor:
-    """Run a movement operator on a tensor of the operand's sample shape."""
+def move(node: fx.Node, source: torch.Tensor, constants: Any, sample: Sample) -> torch.Tensor:
+    """Run a movement operator on a tensor of the operand's sample shape, or a part of one."""
 
     def value(n: fx.Node) -> Any:
         if n is node.args[0]:
@@ -45,7 +46,10 @@ def move(node: fx.Node, source: torch.Tensor, constants: Any) -> torch.Tensor:
 
     args = fx.map_arg(node.args, value)
     kwargs = fx.map_arg(dict(node.kwargs), value)
-    target = aten.reshape.default if node.target in _SIZED else node.target
+    target = node.target
+    if target in SIZED:
+        target = aten.reshape.default
+        args = (args[0], sample.sizes(args[1]))  # type: ignore[arg-type]
     with torch.no_grad():
         result = target(*args, **kwargs)  # type: ignore[operator]
     assert isinstance(result, torch.Tensor)
@@ -71,7 +75,8 @@ class Movement(OperatorRule):
             return uniform(len(shape_of(node)), int(labels.reshape(-1)[0]))
         _require_affordable(shape)
         try:
-            moved = compress(move(node, expand(labels, shape), context.constant))
+            sample = sample_of(node, source, labels.shape)
+            moved = compress(move(node, expand(labels, sample.shape), context.constant, sample))
         except (RuntimeError, IndexError, ValueError) as error:
             raise NoRule(f"it cannot be followed: {str(error).splitlines()[0]}") from error
         for d in batch_dimensions(node):
@@ -88,16 +93,21 @@ class Movement(OperatorRule):
                 builder, node, builder.read(source, layout(frame, _ALL), stage), stage
             )
         _require_affordable(shape)
-        numbers, moved = builder.moved_numbers(node, self._numbers)
+        sample = Sample(shape)
+        if builder.is_weight_expression(source):
+            frame = tuple(1 if d in batch_dimensions(source) else n for d, n in enumerate(shape))
+        else:
+            sample = sample_of(node, source, frame, where.frame)
+        numbers, moved = builder.moved_numbers(node, sample, self._numbers)
         wanted = take(moved, where)
-        inner = self._operand_positions(builder, source, frame, shape, wanted)
+        inner = self._operand_positions(frame, sample.shape, wanted)
         held = take(numbers, inner)
         target = where.shape(shape_of(node))
         symbolic = batch_dimensions(node)
         if held.numel() == wanted.numel() and torch.equal(held.reshape(-1), wanted.reshape(-1)):
             part = builder.read(source, inner, stage)
-            return builder.reshape(part, tuple(held.shape), target, symbolic, node, stage)
-        if self._moves_alike(node, held, wanted, builder):
+            return builder.reshape(part, inner.shape(shape), target, symbolic, node, stage)
+        if self._moves_alike(node, held, wanted, builder, sample):
             return self._as_it_is(builder, node, builder.read(source, inner, stage), stage)
         if inner.dimensions and (order := _channel_order(held, inner, wanted)) is not None:
             part = builder.read_packed(source, inner, stage)
@@ -107,39 +117,36 @@ class Movement(OperatorRule):
         return builder.cut(whole, node, where, stage)
 
     @staticmethod
-    def _numbers(builder: StageBuilder, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
+    def _numbers(
+        builder: StageBuilder, node: fx.Node, sample: Sample
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Element numbers of the operand, and where the operator puts them."""
-        shape = shape_of(operand_of(node))
-        count = int(np.prod(shape, dtype=np.int64))
-        numbers = torch.arange(count, dtype=torch.int32).reshape(shape)
-        return numbers, move(node, numbers, builder.constant)
+        count = int(np.prod(sample.shape, dtype=np.int64))
+        numbers = torch.arange(count, dtype=torch.int32).reshape(sample.shape)
+        return numbers, move(node, numbers, builder.constant, sample)
 
+    @staticmethod
     def _operand_positions(
-        self,
-        builder: StageBuilder,
-        source: fx.Node,
-        frame: tuple[int, ...],
-        shape: tuple[int, ...],
-        wanted: torch.Tensor,
+        frame: tuple[int, ...], shape: tuple[int, ...], wanted: torch.Tensor
     ) -> Layout:
         """The operand's positions that the wanted elements come from, in order."""
-        if builder.is_weight_expression(source):
-            frame = tuple(1 if d in batch_dimensions(source) else n for d, n in enumerate(shape))
-        count = int(np.prod(frame, dtype=np.int64))
-        needed = torch.zeros(int(np.prod(shape, dtype=np.int64)), dtype=torch.bool)
-        needed[wanted.reshape(-1)] = True
-        others = [d for d, n in enumerate(frame) if n == 1 and shape[d] > 1]
-        needed = needed.reshape(shape)
-        if others:
-            needed = needed.amax(others, keepdim=True)
-        return layout(frame, torch.nonzero(needed.expand(frame).reshape(count)).flatten().numpy())
+        needed = np.zeros(int(np.prod(shape, dtype=np.int64)), dtype=np.bool_)
+        needed[wanted.reshape(-1).numpy()] = True
+        others = tuple(d for d, n in enumerate(frame) if n == 1 and shape[d] > 1)
+        inside = np.any(needed.reshape(shape), axis=others, keepdims=True)
+        return layout(frame, np.flatnonzero(np.broadcast_to(inside, frame)))
 
     def _moves_alike(
-        self, node: fx.Node, held: torch.Tensor, wanted: torch.Tensor, builder: StageBuilder
+        self,
+        node: fx.Node,
+        held: torch.Tensor,
+        wanted: torch.Tensor,
+        builder: StageBuilder,
+        sample: Sample,
     ) -> bool:
         """Whether the operator, as it is, does to the part what it does to the whole."""
         try:
-            result = move(node, held, builder.constant)
+            result = move(node, held, builder.constant, sample)
         except (RuntimeError, IndexError, ValueError):
             return False
         return result.shape == wanted.shape and torch.equal(result, wanted)
@@ -152,14 +159,13 @@ class Movement(OperatorRule):
             return builder.scalar(n, stage) if is_scalar(n) else builder.constant_node(n)
 
         symbolic = batch_dimensions(node)
-        if node.target in _SIZED and len(symbolic) == 1:
+        if node.target in SIZED and len(symbolic) == 1:
             sizes = [-1 if d in symbolic else n for d, n in enumerate(shape_of(node))]
             return builder.call(aten.reshape.default, (source, sizes), node, stage)
         args = fx.map_arg(node.args, operand)
         return builder.emit(node, args, fx.map_arg(dict(node.kwargs), operand), stage)
 
 
-_SIZED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _ALL = np.zeros(1, dtype=np.int64)
 
 

@@ -40,7 +40,7 @@ class Unfold(OperatorRule):
 
     def lower(self, builder: StageBuilder, node: fx.Node, where: Layout, stage: int) -> fx.Node:
         source, kernel = operand_of(node), _kernel(node)
-        positions = np.asarray(where.positions, dtype=np.int64)
+        positions = where.array
         if not where.dimensions:
             frame = builder.labels(source).shape
             part = builder.read(source, layout(frame, np.zeros(1, dtype=np.int64)), stage)
@@ -74,7 +74,7 @@ class Fold(OperatorRule):
         frame = builder.labels(source).shape
         inner = layout(frame, np.zeros(1, dtype=np.int64))
         if where.dimensions:
-            channels = np.asarray(where.positions, dtype=np.int64)
+            channels = where.array
             patches = (channels[:, None] * kernel + np.arange(kernel)[None, :]).reshape(-1)
             inner = layout((1, shape_of(source)[1], 1), patches)
         part = builder.read(source, inner, stage)

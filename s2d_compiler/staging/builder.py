@@ -22,7 +22,7 @@ class StageBuilder(PartReader):
 
     def thin_layer(self, node: fx.Node, where: Layout, stage: int) -> fx.Node:
         """A stage's slice of a weighted layer, reading what the assignment lets it read."""
-        rows = np.asarray(where.positions, dtype=np.int64)
+        rows = where.array
         source = node.args[0]
         assert isinstance(source, fx.Node)
         module = self.program.module(node)
@@ -118,7 +118,7 @@ class StageBuilder(PartReader):
         """A stage's slice of a module with one weight per channel."""
         if not where.dimensions:
             return self.whole_module(node, (source,), stage)
-        positions = np.asarray(where.positions, dtype=np.int64)
+        positions = where.array
         name, slices, build = thin_per_channel_module(self.program, node, positions, groups)
         is_version = bool((self.owners(node).reshape(-1)[positions] == VERSIONED).any())
         owner = 0 if is_version and node.name not in self.channels.heads else stage

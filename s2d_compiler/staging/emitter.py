@@ -12,6 +12,7 @@ from torch import fx
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.analysis.channels import layer_positions
 from s2d_compiler.attributes import find, put
+from s2d_compiler.layout import Positions
 from s2d_compiler.provenance import Slice
 from s2d_compiler.thin import meta_copy, place_slices
 
@@ -47,8 +48,9 @@ class Emitter:
         self.slices: dict[str, Slice] = graph_module.meta["slices"]
         self.sources: dict[tuple[str, str, int], fx.Node] = {}
         self.expressions: dict[Any, fx.Node] = {}
+        self.positions: dict[tuple[str, str, int], Positions] = {}
         self.weight_expressions: dict[str, bool] = {}
-        self.last_moved: tuple[fx.Node, Any] | None = None
+        self.last_moved: tuple[Any, Any] | None = None
         self.before: fx.Node | None = None
         for node in self.graph.nodes:
             self._remember(node)
@@ -106,7 +108,11 @@ class Emitter:
         name = self._module_name(str(node.target), stage)
         if find(self.graph_module, name) is None:
             self.graph_module.add_submodule(name, meta_copy(module))
-        return self._finish(self.graph.call_module(name, tuple(args)), node, stage)
+        return self._finish(self._module_call(name, args), node, stage)
+
+    def _module_call(self, name: str, args: Any) -> fx.Node:
+        """A call of a module; whether it exists is for the verifier to say, of all at once."""
+        return self.graph.create_node("call_module", name, tuple(args))
 
     def _module_name(self, path: str, stage: int) -> str:
         return f"{SHARED}.{path}" if stage < 1 else f"stages.{stage - 1}.{path}"
@@ -135,7 +141,7 @@ class Emitter:
         key = _key("call_module", name, tuple(args), {})
         if key is not None and key in self.expressions:
             return self._used_again(self.expressions[key], stage)
-        created = self._finish(self.graph.call_module(name, tuple(args)), node, stage)
+        created = self._finish(self._module_call(name, args), node, stage)
         created.meta["kind"] = node.meta.get("kind")
         if node.name in self.channels.layer_of or node.meta.get("kind") in ("Linear", "Conv2d"):
             created.meta["positions"] = layer_positions(node)
@@ -252,11 +258,22 @@ def _key(op: str, target: Any, args: Any, kwargs: Any) -> Any:
     ):
         return None
 
-    def freeze(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return (type(value).__name__[:1], *map(freeze, value))
-        if isinstance(value, dict):
-            return tuple((k, freeze(v)) for k, v in sorted(value.items()))
-        return (type(value), value)
+    # one flat tuple: nested ones are so many that collecting garbage takes longer than this
+    parts: list[Any] = [op, target]
 
-    return (op, target, freeze(args), freeze(kwargs))
+    def add(value: Any) -> None:
+        if isinstance(value, list | tuple):
+            parts.extend((type(value).__name__[:1], len(value)))
+            for item in value:
+                add(item)
+        elif isinstance(value, dict):
+            parts.extend(("d", len(value)))
+            for key, item in sorted(value.items()):
+                parts.append(key)
+                add(item)
+        else:
+            parts.extend((type(value), value))
+
+    add(args)
+    add(kwargs)
+    return tuple(parts)

@@ -47,10 +47,12 @@ class PartReader(Emitter):
     def constant(self, node: fx.Node) -> torch.Tensor | None:
         return constant_value(self.program, node)
 
-    def moved_numbers(self, node: fx.Node, compute: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """What ``compute`` says of a node, kept until another node is asked for."""
-        if self.last_moved is None or self.last_moved[0] is not node:
-            self.last_moved = (node, compute(self, node))
+    def moved_numbers(
+        self, node: fx.Node, sample: Any, compute: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``compute`` says of a node at some size, kept until another is asked for."""
+        if self.last_moved is None or self.last_moved[0] != (node, sample):
+            self.last_moved = ((node, sample), compute(self, node, sample))
         found: tuple[torch.Tensor, torch.Tensor] = self.last_moved[1]
         return found
 
@@ -74,6 +76,12 @@ class PartReader(Emitter):
 
     def positions_of(self, node: fx.Node, kind: str, stage: int) -> Positions:
         """Positions of a value that one source holds, in order."""
+        key = (node.name, kind, stage if kind == PART else 0)
+        if (found := self.positions.get(key)) is None:
+            found = self.positions[key] = self._positions_of(node, kind, stage)
+        return found
+
+    def _positions_of(self, node: fx.Node, kind: str, stage: int) -> Positions:
         owners = self.owners(node).reshape(-1)
         if kind == VERSION:
             return np.flatnonzero(owners == VERSIONED)
@@ -179,7 +187,7 @@ class PartReader(Emitter):
 
     def read_packed(self, node: fx.Node, where: Layout, stage: int) -> fx.Node:
         """Like ``read``, in packed layout."""
-        packed = layout(where.frame, np.asarray(where.positions, dtype=np.int64), packed=True)
+        packed = layout(where.frame, where.array, packed=True)
         return self.read(node, packed, stage)
 
     def _read_finer(self, node: fx.Node, where: Layout, stage: int, finer: list[int]) -> fx.Node:
@@ -211,7 +219,7 @@ class PartReader(Emitter):
             chosen = dict(zip(where.dimensions, where.lists, strict=True))
             lists = tuple(chosen[d + offset] for d in channel_dimensions(frame))
             return self.read(operand, layout(frame, box_positions(frame, lists)), stage)
-        coords = coordinates(where.frame, np.asarray(where.positions, dtype=np.int64))
+        coords = coordinates(where.frame, where.array)
         mine = tuple(
             np.zeros_like(coords[d + offset]) if frame[d] == 1 else coords[d + offset]
             for d in range(len(shape))
@@ -258,7 +266,7 @@ class PartReader(Emitter):
         self, node: fx.Node, where: Layout, stage: int, *, hide_later: bool = False
     ) -> fx.Node:
         owners = self.owners(node).reshape(-1)
-        positions = np.asarray(where.positions, dtype=np.int64)
+        positions = where.array
         wanted = owners[positions]
         later = wanted > stage
         if later.any() and not hide_later:
@@ -268,8 +276,9 @@ class PartReader(Emitter):
         zero = later | (wanted == ZERO)
         if zero.all() and zero.size:
             return self._zeros(node, where, stage)
-        pieces = self._pieces(node, np.unique(wanted[~zero]).tolist(), stage)
-        held = np.concatenate([p for p, _ in pieces])
+        owning = wanted[~zero] if zero.any() else wanted
+        pieces = self._pieces(node, sorted(set(owning.tolist())), stage)
+        held = pieces[0][0] if len(pieces) == 1 else np.concatenate([p for p, _ in pieces])
         if len(pieces) == 1 and np.array_equal(held, positions):
             only = pieces[0][1]
             packed_only = layout(where.frame, positions).is_box and not where.is_box
@@ -438,7 +447,7 @@ class PartReader(Emitter):
         """Concatenation along a channel dimension at some positions of its result."""
         sizes = [shape_of(n)[dimension] for n in operands]
         starts = np.cumsum([0, *sizes])
-        coords = coordinates(where.frame, np.asarray(where.positions, dtype=np.int64))
+        coords = coordinates(where.frame, where.array)
         parts: list[fx.Node] = []
         order: list[Positions] = []
         for operand, start, size in zip(operands, starts, sizes, strict=False):
