@@ -66,6 +66,14 @@ class CheckError(S2DError):
     """
 
 
+class VerifyError(S2DError):
+    """A staged network is not what its plan makes of the model.
+
+    The message names the first place that differs. Compile the model again; if the network was
+    trained since, verify it with ``trained=True`` (``--trained``).
+    """
+
+
 class FormatError(S2DError):
     """A ``dyn.pt`` file is damaged, of a newer format, or is no such file.
 

@@ -1,0 +1,143 @@
+"""A staged network in terms: what its stages compute, read off their graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from s2d_compiler.attributes import find
+from s2d_compiler.dynamic import DynamicModel
+from s2d_compiler.errors import VerifyError
+from s2d_compiler.program import Program
+from s2d_compiler.provenance import Slice
+from s2d_compiler.verification.layers import Held, UnknownModuleError, apply_module
+from s2d_compiler.verification.operators import Operators, Value
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What one stage computes.
+
+    Attributes:
+        values: Value of every node, in order.
+        leaves: Its exit's flat outputs.
+        features: What it hands on.
+    """
+
+    values: dict[fx.Node, Any]
+    leaves: tuple[Any, ...]
+    features: tuple[Any, ...]
+
+
+class Network:
+    """Runs the stages of a network, one after the other.
+
+    Args:
+        dyn: The network.
+        program: The original, for what is a parameter and what is not.
+        operators: What operators do to terms.
+        inputs: Terms of the inputs.
+    """
+
+    def __init__(
+        self, dyn: DynamicModel, program: Program, operators: Operators, inputs: Sequence[Value]
+    ):
+        self.dyn = dyn
+        self.program = program
+        self.operators = operators
+        self.inputs = inputs
+        self.provenance = dict(dyn.parts.provenance)
+        self.features: dict[tuple[int, int], Any] = {}
+        self.read: set[tuple[int, int]] = set()
+
+    def run(self, number: int) -> StageRun:
+        """Run one stage, counted from 0.
+
+        Raises:
+            VerifyError: Its graph cannot be followed; the message names the node.
+        """
+        stage, interface = self.dyn.stages[number], self.dyn.parts.interfaces[number]
+        assert isinstance(stage, fx.GraphModule)
+        given = iter(interface.inputs)
+        values: dict[fx.Node, Any] = {}
+        for node in stage.graph.nodes:
+            try:
+                if node.op == "output":
+                    leaves, handed = fx.map_arg(node.args[0], values.__getitem__)
+                    break
+                values[node] = self._value(stage, number, node, values, given)
+            except VerifyError:
+                raise
+            except UnknownModuleError as error:
+                raise VerifyError(f"{place(number, node)}: {error}.") from error
+            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError,
+                    AssertionError, StopIteration, NotImplementedError) as error:  # fmt: skip
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                raise VerifyError(
+                    f"{place(number, node)} cannot be followed: {reason[0]}; the file is damaged, "
+                    "or was not made from this model."
+                ) from error
+        self.features.update({(number, k): value for k, value in enumerate(handed)})
+        return StageRun(values, tuple(leaves), tuple(handed))
+
+    def _value(
+        self, stage: fx.GraphModule, number: int, node: fx.Node, values: dict[fx.Node, Any],
+        given: Any,
+    ) -> Any:  # fmt: skip
+        if node.op == "placeholder":
+            where = next(given)
+            if where[0] == "input":
+                return self.inputs[where[1]]
+            self.read.add((where[1], where[2]))
+            return self.features[where[1], where[2]]
+        if node.op == "get_attr":
+            return self._attribute(stage, number, str(node.target))
+        args = fx.map_arg(node.args, values.__getitem__)
+        kwargs = fx.map_arg(dict(node.kwargs), values.__getitem__)
+        if node.op == "call_module":
+            held = self._held(stage, number, str(node.target))
+            x: Any = args[0]
+            return Value(apply_module(self.operators, held, x.terms))
+        return self.operators.apply(node.target, args, kwargs)
+
+    def _slice(self, number: int, target: str) -> Slice | None:
+        return self.provenance.get(f"stages.{number}.{target}")
+
+    def _attribute(self, stage: fx.GraphModule, number: int, target: str) -> Value:
+        tensor = find(stage, target)
+        if not isinstance(tensor, torch.Tensor):
+            raise VerifyError(f"stage {number + 1}: {target!r} is no tensor.")
+        where = self._slice(number, target)
+        if where is None or where.source in self.program.buffers:
+            if isinstance(tensor, nn.Parameter):
+                raise VerifyError(
+                    f"stage {number + 1}: parameter {target!r} is no slice of the original's."
+                )
+            return self.operators.value(tensor)
+        return Value(self.operators.keys.elements(where, tuple(tensor.shape)))
+
+    def _held(self, stage: fx.GraphModule, number: int, target: str) -> Held:
+        module: Any = find(stage, target)
+        if not isinstance(module, nn.Module):
+            raise VerifyError(f"stage {number + 1}: {target!r} is no module.")
+        slices: dict[str, Slice] = {}
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            where = self._slice(number, f"{target}.{name}")
+            if where is None and isinstance(tensor, nn.Parameter):
+                raise VerifyError(
+                    f"stage {number + 1}: parameter '{target}.{name}' is no slice of the "
+                    "original's."
+                )
+            if where is not None:
+                slices[name] = where
+        return Held(module, slices)
+
+
+def place(number: int, node: fx.Node) -> str:
+    """A node as messages name it."""
+    kind = str(node.target) if node.op != "placeholder" else "input"
+    return f"stage {number + 1}, node {node.name!r} ({kind})"

@@ -1,0 +1,288 @@
+"""The masked form in terms: what every stage must compute, from the model, the plan and the
+owners of its channels.
+
+It is written after docs/semantics.md: in the run of stage i, positions of earlier stages keep the
+terms of their own runs, positions of later ones are zero, layers read what the plan lets stage i
+read, and operators that mix channels without weights see stage i's own channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from s2d_compiler.analysis.assignment import StageAssignment
+from s2d_compiler.analysis.labels import VERSIONED
+from s2d_compiler.computed import ComputedLayer
+from s2d_compiler.program import is_scalar
+from s2d_compiler.provenance import Slice
+from s2d_compiler.rules.layers import GROUPS_TO_CUT_BETWEEN, is_layer
+from s2d_compiler.thin_expression import slice_expression
+from s2d_compiler.verification.layers import Held, apply_module, layer_shape
+from s2d_compiler.verification.operators import Operators, Value
+from s2d_compiler.verification.terms import Terms
+
+Environment = dict[fx.Node, Any]
+
+
+class Specification:
+    """Runs the masked form stage by stage.
+
+    Args:
+        assignment: The model's program, its channels, the plan and the owners.
+        operators: What operators do to terms.
+        inputs: Terms of the network's inputs.
+    """
+
+    def __init__(self, assignment: StageAssignment, operators: Operators, inputs: Sequence[Value]):
+        self.assignment = assignment
+        self.program = assignment.program
+        self.channels = assignment.channels
+        self.operators = operators
+        self.inputs = inputs
+        self.stage = 0
+        self.before: Environment = {}
+
+    def next_stage(self) -> Environment:
+        """Values of all nodes in the next stage's run."""
+        self.stage += 1
+        found: Environment = {}
+        given = iter(self.inputs)
+        for node in self.program.nodes:
+            if node.op == "output":
+                break
+            if node.op == "placeholder":
+                found[node] = next(given)
+            elif node.op == "get_attr":
+                found[node] = self._attribute(node)
+            else:
+                found[node] = self._merged(node, self._evaluated(node, found))
+        self.before = found
+        return found
+
+    def static(self) -> Environment:
+        """Values of all nodes of the model as it is."""
+        found: Environment = {}
+        given = iter(self.inputs)
+        for node in self.program.nodes:
+            if node.op == "output":
+                break
+            if node.op == "placeholder":
+                found[node] = next(given)
+            elif node.op == "get_attr":
+                found[node] = self._attribute(node)
+            else:
+                found[node] = self._plain(node, found)
+        return found
+
+    # -- one node ----------------------------------------------------------------------------------
+
+    def _attribute(self, node: fx.Node) -> Value:
+        target = str(node.target)
+        tensor = self.program.attribute(node)
+        source = self.program.sources.get(target)
+        if source is None or source in self.program.buffers or not _is_parameter(tensor):
+            return self.operators.value(tensor)
+        whole = Slice(source, (None,) * tensor.dim())
+        return Value(self.operators.keys.elements(whole, tuple(tensor.shape)))
+
+    def _plain(self, node: fx.Node, found: Environment) -> Any:
+        args = fx.map_arg(node.args, found.__getitem__)
+        kwargs = fx.map_arg(dict(node.kwargs), found.__getitem__)
+        if node.op == "call_module":
+            x: Any = args[0]
+            return self._module(self._held(node), x)
+        return self.operators.apply(node.target, args, kwargs)
+
+    def _evaluated(self, node: fx.Node, found: Environment) -> Any:
+        if node.name in self.channels.coupled:
+            return self._coupled(node, found)
+        if node.op == "call_module" and is_layer(node) and node.name in self.channels.layer_of:
+            x = found[node.args[0]]  # type: ignore[index]
+            alive = self._alive(node)
+            if isinstance(self.program.module(node), ComputedLayer):
+                return self._computed(node, x, alive)
+            return self._module(self._held(node, alive), x)
+        return self._plain(node, found)
+
+    def _merged(self, node: fx.Node, value: Any) -> Any:
+        """Earlier stages keep their own values, later ones are zero."""
+        owners = self.assignment.owner_labels.get(node.name)
+        if not isinstance(value, Value) or owners is None or is_scalar(node):
+            return value
+        terms = value.terms
+        if owners.ndim != terms.dim() or not (owners >= 1).any():
+            return value
+        owner = torch.from_numpy(np.ascontiguousarray(owners))
+        earlier, later = (owner >= 1) & (owner < self.stage), owner > self.stage
+        if earlier.any():
+            terms = torch.where(earlier, self.before[node].terms, terms)
+        if later.any():
+            terms = torch.where(later, torch.zeros((), dtype=torch.int64), terms)
+        return Value(terms)
+
+    def _module(self, held: Held, x: Value) -> Value:
+        operators = self.operators
+        return Value(apply_module(operators, held, x.terms))
+
+    def _held(self, node: fx.Node, alive: torch.Tensor | None = None) -> Held:
+        module, path = self.program.module(node), str(node.target)
+        slices = {
+            name: Slice(self.program.sources.get(f"{path}.{name}", f"{path}.{name}"),
+                        (None,) * tensor.dim())
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+        }  # fmt: skip
+        return Held(module, slices, alive)
+
+    # -- layers ------------------------------------------------------------------------------------
+
+    def _alive(self, node: fx.Node) -> torch.Tensor:
+        """Which input channels the stage's rows read, in the order of the channels."""
+        module, layer = self.program.module(node), self.channels.layer_of[node.name]
+        columns = self.channels.layers[layer].columns[0]
+        alive: Any
+        groups = int(getattr(module, "groups", 1))
+        between = groups >= GROUPS_TO_CUT_BETWEEN or groups == len(columns)
+        if node.name in self.channels.predictions:
+            alive = np.asarray(self.assignment.owner_of(columns) <= self.stage)
+        elif groups > 1 and between:
+            alive = np.ones(len(columns), dtype=bool)
+        else:
+            alive = self.assignment.columns_alive(layer, self.stage, reuse=True)
+        if groups > 1 and not between:
+            inside = alive.reshape(groups, -1).any(axis=0)
+            alive = np.broadcast_to(inside, (groups, len(inside))).reshape(-1)
+        return torch.from_numpy(np.ascontiguousarray(alive))
+
+    def _computed(self, node: fx.Node, x: Value, alive: torch.Tensor) -> Value:
+        """A layer whose weight is computed from the alive slice."""
+        module: ComputedLayer = self.program.module(node)
+        layer = self.channels.layers[self.channels.layer_of[node.name]]
+        rows = np.arange(module.out_channels)
+        if node.name not in self.channels.predictions:
+            rows = np.flatnonzero(self.assignment.owner_of(layer.rows) == self.stage)
+        dimension = -1 if module.layer_class == "Linear" else 1
+        if not len(rows):
+            shape = layer_shape(module.layer(), tuple(x.terms.shape))
+            return Value(torch.zeros(shape, dtype=torch.int64))
+        per_group_in = module.in_channels // module.groups
+        per_group_out = module.out_channels // module.groups
+        inside = torch.nonzero(alive.reshape(module.groups, -1).any(0)).flatten().tolist()
+        used = sorted({int(r) // per_group_out for r in rows})
+        chosen = [g * per_group_in + j for g in used for j in inside]
+        part = x.terms.index_select(dimension, torch.tensor(chosen, dtype=torch.int64))
+        thin = ThinComputed(module, rows.tolist(), inside, len(used))
+        held = Held(thin, self._thin_slices(node, thin))
+        terms = self._module(held, Value(part)).terms
+        size = list(terms.shape)
+        size[dimension] = module.out_channels
+        full = torch.zeros(size, dtype=torch.int64)
+        return Value(full.index_copy(dimension % full.dim(), torch.from_numpy(rows), terms))
+
+    def _thin_slices(self, node: fx.Node, thin: ThinComputed) -> Mapping[str, Slice]:
+        from s2d_compiler.provenance import normalised
+
+        path, tensors = str(node.target), self.program.module(node).tensors()
+        return {
+            key: Slice(self.program.sources.get(f"{path}.{key}", f"{path}.{key}"),
+                       normalised(index, tuple(tensors[key].shape)))
+            for key, index in thin.index.items()
+        }  # fmt: skip
+
+    # -- coupled operators -------------------------------------------------------------------------
+
+    def _coupled(self, node: fx.Node, found: Environment) -> Any:
+        """An operator that mixes channels without weights, on the stage's own channels."""
+        source: Any = node.args[0]
+        x: Value = found[source]
+        owners = self.assignment.owner_labels[source.name]
+        own = np.flatnonzero(owners.reshape(-1) == self.stage)
+        versioned = bool((self.assignment.owner_labels[node.name] == VERSIONED).any())
+        if not len(own) and (self.before or not versioned):
+            return self.before[node] if self.before else Value(torch.zeros_like(x.terms))
+        if not len(own):
+            return self._plain(node, found)
+        dimension = next(d for d, size in enumerate(owners.shape) if size > 1)
+        index = torch.from_numpy(own)
+        part = Value(x.terms.index_select(dimension, index))
+        if node.op == "call_module":
+            result = self._module(self._thin_norm(node, own), part)
+        else:
+            args = fx.map_arg(node.args[1:], found.__getitem__)
+            kwargs = fx.map_arg(dict(node.kwargs), found.__getitem__)
+            result = self.operators.apply(node.target, (part, *args), kwargs)
+        if versioned:
+            return result
+        full = torch.zeros_like(x.terms)
+        return Value(full.index_copy(dimension, index, result.terms))
+
+    def _thin_norm(self, node: fx.Node, own: Any) -> Held:
+        held = self._held(node)
+        if isinstance(held.module, nn.modules.conv._ConvNd):  # moves along channels
+            return held
+        chosen = tuple(int(c) for c in own)
+        slices = {k: Slice(s.source, (chosen,) if len(s.index) == 1 else s.index)
+                  for k, s in held.slices.items()}  # fmt: skip
+        return Held(_resized(held.module, len(own)), slices)
+
+
+def _resized(module: Any, channels: int) -> Any:
+    """A norm's settings for fewer channels."""
+    changed = copy.copy(module)
+    if hasattr(module, "normalized_shape"):
+        changed.normalized_shape = (channels,)
+    else:
+        changed.num_channels = channels
+    return changed
+
+
+class ThinComputed(ComputedLayer):
+    """A layer with a computed weight, cut to some rows and columns; settings and tensors' shapes
+    only.
+
+    Args:
+        module: The whole layer.
+        rows: Its output channels that are kept.
+        inside: Its input channels within a group that are kept.
+        groups: Groups that are kept.
+    """
+
+    def __init__(self, module: ComputedLayer, rows: list[int], inside: list[int], groups: int):
+        nn.Module.__init__(self)
+        thin = slice_expression(module, rows, inside)
+        self.layer_class = module.layer_class
+        self.settings = dict(module.settings)
+        names = ("in_features", "out_features") if self.layer_class == "Linear" else (
+            "in_channels", "out_channels")  # fmt: skip
+        self.settings[names[0]] = len(inside) * groups
+        self.settings[names[1]] = len(rows)
+        if "groups" in self.settings:
+            self.settings["groups"] = groups
+        self.expression = thin.expression
+        self.index = thin.index
+        whole = module.tensors()
+        self.held = {
+            key: torch.empty([len(i) for i in index], device="meta") if whole[key].dim() else
+            whole[key] for key, index in thin.index.items()
+        }  # fmt: skip
+        self.held |= dict(thin.constants)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.held
+
+
+def _is_parameter(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def terms_of(values: Sequence[Any]) -> list[Terms]:
+    """All terms of some values."""
+    from torch.utils._pytree import tree_leaves
+
+    leaves = tree_leaves(list(values), is_leaf=lambda v: isinstance(v, Value))
+    return [v.terms for v in leaves if isinstance(v, Value)]

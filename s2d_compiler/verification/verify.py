@@ -1,0 +1,292 @@
+"""The whole verification of a staged network against its original."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from s2d_compiler.analysis.assignment import StageAssignment, assign
+from s2d_compiler.analysis.channels import analyse_channels
+from s2d_compiler.dynamic import DynamicModel
+from s2d_compiler.errors import PlanError, VerifyError
+from s2d_compiler.program import SAMPLE_BATCH, Program
+from s2d_compiler.provenance import Slice
+from s2d_compiler.submodules import part_of
+from s2d_compiler.tracing import capture
+from s2d_compiler.verification.network import Network, StageRun, place
+from s2d_compiler.verification.operators import Operators, Value
+from s2d_compiler.verification.specification import Environment, Specification, terms_of
+from s2d_compiler.verification.terms import Keys
+from s2d_compiler.verification.weights import Weights, compare_weights
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was shown of a staged network.
+
+    Attributes:
+        stages: Number of stages, all of which compute what the plan says.
+        nodes: Number of graph nodes that were followed.
+        terms: Number of numbers that the stages compute, for a batch of two.
+        weights: Which tensors hold the original's numbers.
+    """
+
+    stages: int
+    nodes: int
+    terms: int
+    weights: Weights
+
+
+def verify(
+    model: nn.Module,
+    dyn: DynamicModel,
+    example_inputs: Sequence[Any] | None = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    submodule: str | None = None,
+    trained: bool = False,
+) -> Verification:
+    """Show that a staged network is what its plan makes of a model.
+
+    Structural, not sampled: what every stage computes is derived twice, from the model and the
+    plan, and from the network's graphs, down to single elements of parameters; see
+    ``s2d_compiler.verification``. Costs are counted while the network runs once.
+
+    Args:
+        model: The original, with the weights that were compiled.
+        dyn: The network.
+        example_inputs: As given to ``transform``; needed where inputs are no floating-point
+            tensors.
+        example_kwargs: Likewise.
+        submodule: The part of the model that was compiled.
+        trained: Whether parameters and batch-norm statistics may hold other numbers.
+
+    Raises:
+        VerifyError: The network is something else; the message names the first place.
+        CaptureError, InputShapeError, UsageError: The model cannot be captured.
+    """
+    program = _captured(part_of(model, submodule), dyn, example_inputs, example_kwargs)
+    return verify_captured(program, dyn, trained=trained)
+
+
+def verify_captured(program: Program, dyn: DynamicModel, *, trained: bool = False) -> Verification:
+    """Like ``verify``, against a program that was captured before."""
+    _compare_interfaces(dyn, program)
+    assignment = _assigned(program, dyn)
+    nodes, terms = _compare_stages(dyn, assignment)
+    weights = compare_weights(dyn, program)
+    if weights.changed and not trained:
+        raise VerifyError(
+            f"{weights.changed[0]} and {len(weights.changed) - 1} more of "
+            f"{weights.equal + len(weights.changed)} tensors hold other numbers than the original; "
+            "what the stages compute with them is what the plan says. If the network was trained "
+            "since, say so (--trained)."
+        )
+    _compare_costs(dyn, program)
+    return Verification(len(dyn.stages), nodes, terms, weights)
+
+
+def _captured(
+    part: nn.Module,
+    dyn: DynamicModel,
+    example_inputs: Sequence[Any] | None,
+    example_kwargs: Mapping[str, Any] | None,
+) -> Program:
+    if example_inputs is None and example_kwargs is None:
+        first = next((t for t in part.parameters() if t.is_floating_point()), torch.zeros(()))
+        batch = dyn.parts.batch or SAMPLE_BATCH
+        tensors = [
+            torch.zeros(batch, *shape, dtype=first.dtype, device=first.device)
+            for shape in dyn.parts.input_shapes
+        ]
+        if dyn.parts.input_spec is None:
+            example_inputs = tensors
+        else:
+            args, kwargs = pytree.tree_unflatten(tensors, dyn.parts.input_spec)
+            example_inputs, example_kwargs = args, kwargs
+    return capture(part, example_inputs, None, example_kwargs)
+
+
+def _compare_interfaces(dyn: DynamicModel, program: Program) -> None:
+    parts = dyn.parts
+    for name, mine, original in (
+        ("inputs have shapes", parts.input_shapes, program.input_shapes),
+        ("batch size is", parts.batch, program.batch),
+        ("outputs are", parts.output_spec, program.output_spec),
+        ("inputs are", parts.input_spec, program.input_spec),
+    ):
+        if mine != original:
+            raise VerifyError(f"its {name} {mine}, the model's {original}.")
+    stages = parts.plan.stages
+    if len(dyn.stages) != stages or len(parts.interfaces) != stages:
+        raise VerifyError(f"it has {len(dyn.stages)} stages, its plan {stages}.")
+
+
+def _assigned(program: Program, dyn: DynamicModel) -> StageAssignment:
+    try:
+        assignment = assign(program, analyse_channels(program), dyn.plan)
+    except PlanError as error:
+        raise VerifyError(f"its plan does not fit the model: {error}") from error
+    owners = np.asarray(dyn.parts.owners, dtype=np.int64)
+    if len(owners) != len(assignment.owners):
+        raise VerifyError(
+            f"it has owners of {len(owners)} channels, the model {len(assignment.owners)}; it was "
+            "made from another model, or by another release."
+        )
+    if not np.array_equal(owners, assignment.owners):
+        atom = int(np.flatnonzero(owners != assignment.owners)[0])
+        writers = next(f.writers for f in assignment.channels.families if atom in f.atoms)
+        raise VerifyError(
+            f"a channel of {writers[0] if writers else 'the model'} is in stage {owners[atom]}, by "
+            f"the plan and the model's weights in stage {assignment.owners[atom]}."
+        )
+    return replace(assignment, owners=owners)
+
+
+# -- stages ----------------------------------------------------------------------------------------
+
+
+def _compare_stages(dyn: DynamicModel, assignment: StageAssignment) -> tuple[int, int]:
+    keys = Keys()
+    operators = Operators(keys)
+    batch = dyn.parts.batch or SAMPLE_BATCH
+    inputs = [
+        Value(_input_terms(keys, k, (batch, *shape)))
+        for k, shape in enumerate(dyn.parts.input_shapes)
+    ]
+    specification = Specification(assignment, operators, inputs)
+    network = Network(dyn, assignment.program, operators, inputs)
+    nodes = terms = 0
+    for number in range(len(dyn.stages)):
+        is_thin = number < assignment.thin_stages
+        expected = specification.next_stage() if is_thin else specification.static()
+        run = network.run(number)
+        _compare_exit(assignment, number, run, expected)
+        nodes += len(run.values)
+        terms += sum(t.numel() for t in terms_of(list(run.values.values())))
+    unread = sorted(set(network.features) - network.read)
+    if unread:
+        stage, position = unread[0]
+        raise VerifyError(
+            f"stage {stage + 1} hands on a value (number {position + 1}) that no later stage reads."
+        )
+    return nodes, terms
+
+
+def _input_terms(keys: Keys, number: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return keys.elements(Slice(f"input {number}", (None,) * len(shape)), shape)
+
+
+def _compare_exit(
+    assignment: StageAssignment, number: int, run: StageRun, expected: Environment
+) -> None:
+    leaves = assignment.program.output_leaves
+    if len(run.leaves) != len(leaves):
+        raise VerifyError(
+            f"stage {number + 1} returns {len(run.leaves)} outputs, the model {len(leaves)}."
+        )
+    for k, (mine, leaf) in enumerate(zip(run.leaves, leaves, strict=True)):
+        want = expected[leaf] if isinstance(leaf, fx.Node) else leaf
+        if isinstance(want, Value) != isinstance(mine, Value):
+            same = False
+        elif isinstance(want, Value):
+            same = want.terms.shape == mine.terms.shape and torch.equal(want.terms, mine.terms)
+        else:
+            same = type(want) is type(mine) and want == mine
+        if not same:
+            raise VerifyError(_first_difference(number, run, expected, k, want, mine))
+
+
+def _first_difference(
+    number: int, run: StageRun, expected: Environment, output: int, want: Any, mine: Any
+) -> str:
+    """Where a stage first computes something that the plan has nowhere."""
+    known = torch.cat([t.reshape(-1) for t in terms_of(list(expected.values()))])
+    known = torch.sort(known).values
+    for node, value in run.values.items():
+        for terms in terms_of([value]):
+            flat = terms.reshape(-1)
+            flat = flat[flat != 0]
+            if not flat.numel():
+                continue
+            at = torch.searchsorted(known, flat).clamp(max=len(known) - 1)
+            missing = int((known[at] != flat).sum())
+            if missing:
+                share = "none" if missing == flat.numel() else f"{flat.numel() - missing}"
+                return (
+                    f"{place(number, node)}: {share} of the {flat.numel()} numbers that it "
+                    f"computes is one that the plan gives stage {number + 1}; operator, operands, "
+                    "settings or slice differ."
+                )
+    if isinstance(want, Value) and isinstance(mine, Value):
+        if want.terms.shape != mine.terms.shape:
+            return (
+                f"stage {number + 1}, output {output + 1} has shape {tuple(mine.terms.shape)}, "
+                f"the plan gives {tuple(want.terms.shape)}."
+            )
+        wrong = int((want.terms != mine.terms).sum())
+        return (
+            f"stage {number + 1}, output {output + 1}: {wrong} of {mine.terms.numel()} numbers are "
+            "not the ones at their place; values are swapped or missing."
+        )
+    return f"stage {number + 1}, output {output + 1} is {mine!r}, the plan gives {want!r}."
+
+
+# -- costs -----------------------------------------------------------------------------------------
+
+
+def _compare_costs(dyn: DynamicModel, program: Program) -> None:
+    """Count what runs."""
+    batch = dyn.parts.batch or 1
+    inputs = tuple(_sample(example, batch) for example in program.examples)
+    counted, total = _counted(dyn, inputs), 0
+    for number, (macs, stage) in enumerate(zip(counted, dyn.cost.stages, strict=True), start=1):
+        total += macs // batch
+        if (stage.macs, stage.cumulative_macs) != (macs // batch, total):
+            raise VerifyError(
+                f"stage {number} is said to cost {stage.macs:,} MACs ({stage.cumulative_macs:,} "
+                f"with the earlier ones); it runs {macs // batch:,} ({total:,})."
+            )
+        rows = sum(row.macs for row in stage.layers)
+        if rows != stage.macs:
+            raise VerifyError(f"stage {number}: its layers are said to cost {rows:,} MACs.")
+    with _counting() as counter:
+        program.graph_module(*inputs)
+    original = int(counter.get_total_flops()) // 2 // batch
+    if dyn.cost.original_macs != original:
+        raise VerifyError(
+            f"the original is said to cost {dyn.cost.original_macs:,} MACs; it runs {original:,}."
+        )
+
+
+def _sample(example: torch.Tensor, batch: int) -> torch.Tensor:
+    return example[:1].expand(batch, *example.shape[1:]).clone() if example.dim() else example
+
+
+@contextlib.contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    """torch's counter, which sees attention only where it is written out with gradients."""
+    with (
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        yield counter
+
+
+def _counted(dyn: DynamicModel, inputs: tuple[torch.Tensor, ...]) -> list[int]:
+    """MACs of every stage in one run."""
+    found: list[int] = []
+    with _counting() as counter:
+        for _ in dyn.exits_of(inputs):
+            found.append(int(counter.get_total_flops()) // 2 - sum(found))
+    return found

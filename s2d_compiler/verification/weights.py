@@ -1,0 +1,66 @@
+"""The numbers of a staged network, beside the original's slices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from s2d_compiler.dynamic import DynamicModel
+from s2d_compiler.errors import VerifyError
+from s2d_compiler.program import Program
+from s2d_compiler.thin import originals
+
+#: What training changes besides parameters.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which tensors hold the original's numbers.
+
+    Attributes:
+        equal: Number of tensors that are their slice of the original, bit for bit.
+        changed: Names of parameters and statistics that hold other numbers.
+    """
+
+    equal: int
+    changed: tuple[str, ...]
+
+
+def compare_weights(dyn: DynamicModel, program: Program) -> Weights:
+    """Compare every tensor with the slice that it is said to be.
+
+    Raises:
+        VerifyError: One has another shape, or is neither parameter nor statistic and holds other
+            numbers, or comes from nowhere.
+    """
+    sources = originals(program)
+    equal, changed = 0, []
+    for name, tensor in dyn.state_dict().items():
+        where = dyn.parts.provenance.get(name)
+        if where is None:
+            raise VerifyError(f"{name}: it is no slice of the original's.")
+        original = sources.get(where.source)
+        if original is None:
+            raise VerifyError(f"{name}: the original has no {where.source!r}.")
+        if len(where.index) != original.dim() or any(
+            positions is not None and not all(0 <= p < size for p in positions)
+            for positions, size in zip(where.index, original.shape, strict=True)
+        ):
+            raise VerifyError(
+                f"{name}: its slice does not lie in {where.source!r}, {tuple(original.shape)}."
+            )
+        expected = where.take(original.detach()).to(tensor.device)
+        if tuple(expected.shape) != tuple(tensor.shape):
+            raise VerifyError(
+                f"{name} has shape {tuple(tensor.shape)}, its slice of {where.source!r} "
+                f"{tuple(expected.shape)}."
+            )
+        if torch.equal(torch.nan_to_num(tensor), torch.nan_to_num(expected.to(tensor.dtype))):
+            equal += 1
+        elif where.source in program.buffers and not where.source.endswith(_STATISTICS):
+            raise VerifyError(f"{name}: it is a constant, and not that of the original.")
+        else:
+            changed.append(name)
+    return Weights(equal, tuple(changed))
