@@ -49,6 +49,8 @@ from s2d_compiler.structure import (
 
 log = logging.getLogger(__name__)
 
+#: The version of what ``save`` writes. ``load`` reads this one and all before it: a change of what
+#: is written raises it, and ``tests/formats`` gets a file of the new one.
 VERSION = 1
 
 
@@ -300,10 +302,15 @@ def from_data(data: Any, name: str, allowed: Allowed | None = None) -> DynamicMo
             f"{name} is not a dyn.pt; it may be a model, which s2d-compile turns into one."
         )
     version = data.get("version")
-    if type(version) is not int or not 1 <= version <= VERSION:
+    if type(version) is not int or version < 1:
         raise FormatError(
-            f"{name} has format {version!r}, this package reads up to {VERSION}; "
-            "upgrade s2d-compiler."
+            f"{name}: its format has version {version!r}, which is none (versions count from 1); "
+            "the file is damaged, compile the model again."
+        )
+    if version > VERSION:
+        raise FormatError(
+            f"{name}: its format has version {version}, and this package reads versions up to "
+            f"{VERSION}; upgrade s2d-compiler."
         )
     try:
         return _network(data, allowed or Allowed())

@@ -3,6 +3,7 @@
 A plan is a small JSON object that people write and searches emit::
 
     {
+      "version": 1,
       "stages": 3,
       "groups": 8,
       "default": {"split": [4, 6], "concat": "all"},
@@ -17,6 +18,8 @@ Each family of channels is counted in ``groups`` groups; ``split`` holds the sta
 which it is cut, so that [4, 6] of 8 gives the stages four, two and two groups. ``concat`` holds
 the pairs [later, earlier] of stages, counted from 1, in which the later stage reads what the
 earlier one computed; "all" and "none" stand for every pair and no pair. Pairs are not transitive.
+A plan without ``version`` is of version 1. ``plan.schema.json`` beside this file says the same as
+JSON Schema, for editors; what a schema cannot say, it lists.
 
 Source: S2DNAS, section 3.2 (split and concat, one setting per resolution).
 """
@@ -35,6 +38,7 @@ from s2d_compiler.plan_rules import (
     EXAMPLES,
     MAX_CHARACTERS,
     PLAN_KEYS,
+    PLAN_VERSION,
     SETTING_KEYS,
     Concat,
     Pair,
@@ -46,6 +50,7 @@ from s2d_compiler.plan_rules import (
     check_pairs,
     check_resolution,
     check_split,
+    check_version,
     fail,
     is_int,
     nearest,
@@ -238,12 +243,15 @@ class Plan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "plan") -> Plan:
         """Build a plan from what its JSON holds; ``source`` names it in messages."""
+        check_version(data, source)
         check_keys(data, PLAN_KEYS, ("stages", "groups", "default"), source, f"{source}: ")
         default = _read_setting(data["default"], f"{source}: default")
         for key in SETTING_KEYS:
             if getattr(default, key) is None:
                 fail(f"{source}: default", f'"{key}" is missing; give it, e.g. {EXAMPLES[key]}')
-        rest = {key: data[key] for key in ("order", "input_shape", "final") if key in data}
+        rest = {key: data[key] for key in ("order", "final") if key in data}
+        if "input_shape" in data:
+            rest["input_shape"] = read_input_shape(data["input_shape"], f"{source}: input_shape")
         if "resolutions" in data:
             rest["resolutions"] = _read_resolutions(data["resolutions"], f"{source}: resolutions")
         if "layers" in data:
@@ -274,6 +282,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, ready for JSON; ``from_dict`` gives the plan back."""
         result: dict[str, Any] = {
+            "version": PLAN_VERSION,
             "stages": self.stages,
             "groups": self.groups,
             "default": self.default.to_dict(),

@@ -24,8 +24,11 @@ _MAX_GROUPS = 1024
 _MAX_INPUT_NUMBERS = 2**31
 MAX_CHARACTERS = 2**20
 _RESOLUTION = re.compile("[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})?")
+#: The version of plans that this package writes. It reads this one and all before it.
+PLAN_VERSION = 1
 PLAN_KEYS = (
     "stages", "groups", "default", "resolutions", "layers", "order", "input_shape", "final",
+    "version", "$schema",
 )  # fmt: skip
 SETTING_KEYS = ("split", "concat")
 EXAMPLES = {"split": "[4, 6]", "concat": '"all", "none" or [[3, 1]]'}
@@ -151,6 +154,33 @@ def read_input_shape(value: Any, place: str) -> tuple[int, ...]:
         if numbers > _MAX_INPUT_NUMBERS:
             fail(place, f"{show(list(value))} holds more than {_MAX_INPUT_NUMBERS} numbers; {rule}")
     return tuple(map(int, value))
+
+
+def check_version(data: Any, source: str) -> None:
+    """A version that this package knows, or none, which is version 1.
+
+    Before all other rules: what a newer version adds would look like a mistake.
+    """
+    if not isinstance(data, Mapping):
+        return
+    if "$schema" in data and not isinstance(data["$schema"], str):
+        fail(
+            f"{source}: $schema",
+            f"{show(data['$schema'])} is no text; name the schema's file or leave the key out",
+        )
+    version = data.get("version", 1)
+    if not is_int(version) or version < 1:
+        fail(
+            f"{source}: version",
+            f"{show(version)} is no version, which count from 1; write {PLAN_VERSION} or leave "
+            "the key out",
+        )
+    if version > PLAN_VERSION:
+        fail(
+            f"{source}: version",
+            f"{show(version)} is newer than this package, which reads plans up to version "
+            f"{PLAN_VERSION}; upgrade s2d-compiler",
+        )
 
 
 def check_choice(value: Any, choices: tuple[str, ...], place: str, more: str = "") -> None:

@@ -19,6 +19,18 @@ def test_every_package_of_the_checkout_is_shipped() -> None:
     assert all((folder / "__init__.py").exists() for folder in folders)
 
 
+def test_every_file_beside_the_code_is_shipped() -> None:
+    """A wheel holds, beside modules, only what package-data names."""
+    for top, shipped in PROJECT["tool"]["setuptools"]["package-data"].items():
+        beside = {
+            path.relative_to(ROOT / top).as_posix()
+            for path in (ROOT / top).rglob("*")
+            if path.is_file() and path.suffix not in (".py", ".pyc")
+        }
+        assert beside == set(shipped)
+    assert "plan.schema.json" in PROJECT["tool"]["setuptools"]["package-data"]["s2d_compiler"]
+
+
 def test_both_packages_say_that_they_are_typed() -> None:
     assert (ROOT / "s2d_compiler" / "py.typed").exists()
     assert (ROOT / "passes" / "py.typed").exists()

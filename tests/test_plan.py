@@ -18,6 +18,7 @@ from s2d_compiler.errors import PlanError
 from s2d_compiler.plan import Plan, Setting
 
 FULL = {
+    "version": 1,
     "stages": 3,
     "groups": 8,
     "default": {"split": [4, 6], "concat": "all"},
@@ -387,6 +388,7 @@ WRONG = {
         "whole network and reads nothing; drop the pair",
     ),
     "shape a number": (plan_with(input_shape=32), "plan: input_shape: 32 is no shape"),
+    "shape null": (plan_with(input_shape=None), "plan: input_shape: null is no shape"),
     "shape empty": (plan_with(input_shape=[]), "plan: input_shape: [] is no shape"),
     "shape zero": (plan_with(input_shape=[3, 0, 32]), "plan: input_shape: 0 is no positive whole"),
     "shape a bool": (plan_with(input_shape=[True, 8]), "plan: input_shape: true is no positive"),

@@ -152,6 +152,7 @@ def test_starter_split_is_always_legal(stages: int, groups: int):
 def test_starter_plan_lists_every_resolution_and_compiles(program: Program, space: SearchSpace):
     plan = space.starter_plan()
     assert plan.to_dict() == {
+        "version": 1,
         "stages": 3,
         "groups": 8,
         "default": {"split": [4, 6], "concat": "all"},
