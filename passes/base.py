@@ -114,7 +114,10 @@ class Pass(ABC):
             result = self.call(graph_module)
             if verify:
                 if not result.changed and fingerprint(result.graph_module) != before:
-                    raise PassError(f"{self.name} changed the graph and said that it did not")
+                    raise PassError(
+                        f"{self.name} changed the graph and said that it did not; return "
+                        "PassResult(graph_module, changed=True)"
+                    )
                 result.graph_module.graph.lint()
                 verify_graph(result.graph_module)
             self.ensures(result.graph_module)

@@ -55,4 +55,7 @@ class AddExits(Pass):
         output = next(node for node in graph_module.graph.nodes if node.op == "output")
         exits = output.args[0]
         if not isinstance(exits, tuple) or len(exits) != self.assignment.thin_stages:
-            raise PassError(f"{self.name} left {output.args[0]!r} as output")
+            raise PassError(
+                f"{self.name} left {str(exits)[:80]} as output, which must be a tuple of "
+                f"{self.assignment.thin_stages} exits; give output.args one per stage"
+            )

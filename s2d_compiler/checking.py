@@ -28,6 +28,7 @@ TOLERANCE = 1e-9
 #: Spread over size below which outputs are too nearly constant to prove anything.
 VACUOUS = 1e-6
 _ATTEMPTS = 3
+_DEFECT = "a defect of the compiler; please report the model and the plan."
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -93,7 +94,7 @@ def check(
             raise CheckError(
                 f"stage {stage} differs from the masked form by {error:.2e} of the output's spread "
                 f"(limit {TOLERANCE:.0e}): the result is not what the plan "
-                "says, a defect of the compiler."
+                f"says, {_DEFECT}"
             )
     return proof
 
@@ -139,7 +140,10 @@ def check_weights(dyn: DynamicModel, program: Program) -> int:
     for name, where in dyn.provenance.items():
         expected = where.take(sources[where.source].detach())
         if not torch.equal(torch.nan_to_num(state[name]), torch.nan_to_num(expected)):
-            raise CheckError(f"{name} is not the slice of {where.source} that its provenance says.")
+            raise CheckError(
+                f"{name} is not the slice of {where.source} that its provenance says: it was "
+                f"changed, or this is {_DEFECT}"
+            )
     return len(dyn.provenance)
 
 
@@ -209,7 +213,10 @@ def _compare_leaf(got: Any, want: Any) -> tuple[float, float]:
 def _require_same_graphs(dyn: DynamicModel, staged: DynamicModel) -> None:
     for number, (a, b) in enumerate(zip(dyn.stages, staged.stages, strict=True), start=1):
         if _without_types(a) != _without_types(b):
-            raise CheckError(f"stage {number} is built differently the second time.")
+            raise CheckError(
+                f"stage {number} is built differently the second time, and both graphs must be "
+                f"equal: it was changed, or this is {_DEFECT}"
+            )
 
 
 def _without_types(stage: Any) -> str:

@@ -98,7 +98,8 @@ class DynamicParts:
         expected = self.input_shapes
         if len(tensors) != len(expected):
             raise InputShapeError(
-                f"the network takes {len(expected)} input(s), got {len(tensors)}."
+                f"the network takes {len(expected)} input(s), got {len(tensors)}; hand in those "
+                "that it was compiled with."
             )
         for tensor, shape in zip(tensors, expected, strict=True):
             if tuple(tensor.shape[1:]) != shape:
@@ -110,7 +111,7 @@ class DynamicParts:
         if self.batch is not None and tensors and tensors[0].shape[0] != self.batch:
             raise InputShapeError(
                 f"batch of {tensors[0].shape[0]}: the original fixes its batch size, so this "
-                f"network takes batches of {self.batch} only."
+                f"network takes batches of {self.batch} only; hand in that many."
             )
 
     def structured(self, leaves: tuple[Any, ...]) -> Any:
@@ -227,7 +228,8 @@ class DynamicModel(nn.Module):
 
         if type(stage) is not int or not 1 <= stage <= len(self.stages):
             raise UsageError(
-                f"at_stage: {stage!r} is no stage; the network has stages 1 to {len(self.stages)}."
+                f"at_stage: {stage!r} is no stage; the network has stages 1 to "
+                f"{len(self.stages)}, give one of these."
             )
         stages = [s for s in self.stages if isinstance(s, fx.GraphModule)]
         return StagePrefix(stages, self.parts, stage)

@@ -222,7 +222,8 @@ class Functionalizer:
         if functional is None:
             raise CaptureError(
                 f"{place(node)} writes into its operand and has no form that does not. "
-                "Use the operator without the trailing underscore in the model's source."
+                "Compute its result with other operators in the model's source, such as "
+                "torch.where."
             )
         created = self.target.call_function(functional, tuple(args), kwargs)
         created.meta = dict(node.meta) | {"val": _fake_result(node, functional)}

@@ -276,7 +276,8 @@ class Plan:
         except UnicodeDecodeError as error:
             fail(str(path), f"not text in UTF-8 (byte {error.start}); a plan is a JSON file")
         except (OSError, ValueError) as error:
-            fail(str(path), f"cannot be read ({getattr(error, 'strerror', None) or error})")
+            reason = getattr(error, "strerror", None) or error
+            fail(str(path), f"cannot be read ({reason}); check the path and your rights")
         return cls.from_json(text, str(path))
 
     def to_dict(self) -> dict[str, Any]:
@@ -396,24 +397,35 @@ def _every_pair(stages: int) -> frozenset[Pair]:
 
 def _freeze(settings: Mapping[str, Setting], place: str) -> _Settings:
     if not isinstance(settings, Mapping):
-        fail(place, f"{show(settings)} is no mapping from names to settings")
+        fail(place, f"{show(settings)} is no mapping from names to settings; give a dict")
     for key, setting in settings.items():
         if not isinstance(key, str) or not key:
             fail(place, f"{show(key)} is no name; names are strings that are not empty")
         if not isinstance(setting, Setting):
-            fail(f"{place}.{key}", f"{show(setting)} is no Setting")
+            fail(
+                f"{place}.{key}",
+                f"{show(setting)} is no Setting; give Setting(split=..., concat=...)",
+            )
     return _Settings(settings.items())
 
 
 def _read_layers(data: Any, place: str) -> dict[str, Setting]:
     if not isinstance(data, Mapping):
-        fail(place, f"{show(data)} is no object of settings by layer pattern")
+        fail(
+            place,
+            f"{show(data)} is no object of settings by layer pattern; write one, e.g. "
+            '{"layer1.*": {"concat": "all"}}',
+        )
     return {key: _read_setting(value, f"{place}[{show(key)}]") for key, value in data.items()}
 
 
 def _read_resolutions(data: Any, place: str) -> dict[str, Setting]:
     if not isinstance(data, Mapping):
-        fail(place, f"{show(data)} is no object of settings by resolution")
+        fail(
+            place,
+            f"{show(data)} is no object of settings by resolution; write one, e.g. "
+            '{"32x32": {"concat": "all"}}',
+        )
     for key in data:
         check_resolution(key, place)
     return {key: _read_setting(value, f"{place}.{key}") for key, value in data.items()}

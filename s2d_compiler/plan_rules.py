@@ -48,9 +48,12 @@ def check_counts(stages: Any, groups: Any, place: str) -> None:
         if not is_int(value):
             fail(f"{place}{key}", f"{show(value)} is no whole number; give one, e.g. 8")
     if stages < 1:
-        fail(f"{place}stages", f"{show(stages)} is too few; at least 1 is needed")
+        fail(
+            f"{place}stages",
+            f"{show(stages)} is too few, a network has one at least; give 1 or more",
+        )
     if groups > _MAX_GROUPS:
-        fail(f"{place}groups", f"{show(groups)} is too many; {_MAX_GROUPS} at most")
+        fail(f"{place}groups", f"{show(groups)} is too many; give {_MAX_GROUPS} at most")
     if groups < stages:
         fail(
             f"{place}groups",
@@ -81,7 +84,7 @@ def check_split(split: Split, stages: int, groups: int, place: str) -> None:
         fail(
             place,
             f"{show(list(split))} has {_count(len(split), 'cut point')}, but {stages} stages "
-            f"need {stages - 1}",
+            f"need {stages - 1}; add or drop some, or change stages",
         )
 
 
@@ -90,9 +93,17 @@ def check_pairs(pairs: Iterable[Pair], stages: int, final: str, place: str) -> N
     for later, earlier in pairs:
         shown = show([later, earlier])
         if not 1 <= earlier < later:
-            fail(place, f"{shown} is no pair [later, earlier]: 1 <= earlier < later must hold")
+            fail(
+                place,
+                f"{shown} is no pair [later, earlier]: 1 <= earlier < later must hold; swap its "
+                "stages or drop it",
+            )
         if later > stages:
-            fail(place, f"{shown} names stage {show(later)}, but there are {stages} stages")
+            fail(
+                place,
+                f"{shown} names stage {show(later)}, but there are {stages} stages; drop the pair, "
+                "or raise stages",
+            )
         if later == stages and final == "original":
             fail(
                 place,
@@ -120,7 +131,7 @@ def read_split(value: Any, place: str) -> Split:
         fail(place, f"{show(value)} is no list of cut points; write one, e.g. [4, 6]")
     for point in value:
         if not is_int(point):
-            fail(place, f"{show(point)} is no whole number; cut points count groups")
+            fail(place, f"{show(point)} is no whole number; cut points count groups, e.g. [4, 6]")
     return tuple(map(int, value))
 
 
@@ -130,7 +141,11 @@ def read_concat(value: Any, place: str) -> Concat:
         check_choice(value, ("all", "none"), place, " or a list of pairs, e.g. [[2, 1], [3, 1]]")
         return "all" if value == "all" else "none"
     if not is_list(value):
-        fail(place, f'{show(value)} is neither a list of pairs nor "all" nor "none"')
+        fail(
+            place,
+            f'{show(value)} is neither a list of pairs nor "all" nor "none"; write one of these, '
+            "e.g. [[2, 1], [3, 1]]",
+        )
     pairs: set[Pair] = set()
     for pair in value:
         if not is_list(pair) or len(pair) != 2 or not all(is_int(stage) for stage in pair):
@@ -186,7 +201,8 @@ def check_version(data: Any, source: str) -> None:
 def check_choice(value: Any, choices: tuple[str, ...], place: str, more: str = "") -> None:
     """One of a few words."""
     if not isinstance(value, str) or value not in choices:
-        fail(place, f"{show(value)} is not {' or '.join(map(as_json, choices))}{more}")
+        known = " or ".join(map(as_json, choices))
+        fail(place, f"{show(value)} is not {known}{more}; write one of these")
 
 
 def check_resolution(key: Any, place: str) -> None:
@@ -210,7 +226,11 @@ def positions(resolution: str) -> tuple[int, str]:
 def parse(text: str, source: str) -> Any:
     """Read JSON, and refuse what its standard forbids but Python's reader takes."""
     if len(text) > MAX_CHARACTERS:
-        fail(source, f"more than {MAX_CHARACTERS} characters; a plan is much shorter")
+        fail(
+            source,
+            f"more than {MAX_CHARACTERS} characters, and a plan is much shorter; check that this "
+            "is the plan's file",
+        )
 
     def refuse(constant: str) -> NoReturn:
         fail(source, f"{constant} is no JSON; write a number")
@@ -219,11 +239,18 @@ def parse(text: str, source: str) -> Any:
         data = json.loads(text, object_pairs_hook=_Object, parse_constant=refuse)
         _refuse_repeats(data, source, f"{source}: ")
     except json.JSONDecodeError as error:
-        fail(f"{source}: line {error.lineno}, column {error.colno}", f"not JSON: {error.msg}")
+        fail(
+            f"{source}: line {error.lineno}, column {error.colno}",
+            f"not JSON: {error.msg}; correct the text there",
+        )
     except RecursionError:
-        fail(source, "lists or objects are nested too deeply; a plan has four levels")
-    except ValueError as error:
-        fail(source, f"a number is too large ({error})")
+        fail(
+            source,
+            "lists or objects are nested too deeply, and a plan has four levels; check that this "
+            "is the plan's file",
+        )
+    except ValueError:
+        fail(source, "a number is too large: it has thousands of digits; write a smaller one")
     return data
 
 
@@ -257,7 +284,7 @@ def check_keys(
 ) -> None:
     """An object that has all required keys and no unknown ones."""
     if not isinstance(data, Mapping):
-        fail(place, f"{show(data)} is no object with the keys {', '.join(known)}")
+        fail(place, f"{show(data)} is no object with the keys {', '.join(known)}; write one")
     for key in data:
         if key not in known:
             matches = difflib.get_close_matches(str(key)[:100], known, n=1)
@@ -265,7 +292,7 @@ def check_keys(
             fail(place, f"unknown key {show(key)}; {remedy}")
     for key in required:
         if key not in data:
-            fail(f"{prefix}{key}", f"missing; a plan needs {', '.join(required)}")
+            fail(f"{prefix}{key}", f"missing, and a plan needs {', '.join(required)}; add it")
 
 
 # Text

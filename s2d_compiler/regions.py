@@ -49,7 +49,7 @@ def _copy(graph_module: fx.GraphModule, graph: fx.Graph, known: dict[fx.Node, An
             known[node] = known[node.args[0]][node.args[1]]
         else:
             known[node] = graph.node_copy(node, known.__getitem__)
-    raise CaptureError("a region of the captured graph has no output")
+    raise AssertionError("every region of a captured graph has an output")
 
 
 def _inline(

@@ -385,7 +385,10 @@ def _setting(name: str, value: Any) -> Setting:
     if isinstance(value, Setting):
         return value
     if not is_list(value) or len(value) != 2:
-        fail(f"resolutions.{name}", f"{show(value)} is neither a Setting nor (split, concat)")
+        fail(
+            f"resolutions.{name}",
+            f"{show(value)} is neither a Setting nor (split, concat); give one of these",
+        )
     return Setting(*value)
 
 

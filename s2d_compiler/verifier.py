@@ -74,7 +74,8 @@ def _verify_stages(graph_module: fx.GraphModule) -> None:
             _require_target(module, node)
             if node.meta.get("stage", 0) > number:
                 raise PassError(
-                    f"node {node.name!r} of stage {node.meta['stage']} stands in stage {number}"
+                    f"node {node.name!r} of stage {node.meta['stage']} stands in stage {number}; "
+                    "extract each stage's own nodes only"
                 )
 
 
@@ -83,7 +84,10 @@ def _require_target(graph_module: fx.GraphModule, node: fx.Node) -> None:
         return
     if find(graph_module, str(node.target)) is None:
         verb = "calls" if node.op == "call_module" else "reads"
-        raise PassError(f"node {node.name!r} {verb} {node.target!r}, which does not exist")
+        raise PassError(
+            f"node {node.name!r} {verb} {node.target!r}, which does not exist; put it into the "
+            "graph module before the node"
+        )
 
 
 def _verify_slices(graph_module: fx.GraphModule) -> None:
@@ -94,16 +98,21 @@ def _verify_slices(graph_module: fx.GraphModule) -> None:
             path, holder = container, find(graph_module, container) if container else graph_module
         tensor = None if holder is None else find(holder, last)
         if not isinstance(tensor, torch.Tensor):
-            raise PassError(f"meta['slices'] names {name!r}, which does not exist")
+            raise PassError(
+                f"meta['slices'] names {name!r}, which does not exist; drop the entry of what a "
+                "pass removes"
+            )
         shape = tensor.shape
         if len(where.index) != len(shape):
             raise PassError(
-                f"{name} has shape {tuple(shape)}, its slice {len(where.index)} dimensions"
+                f"{name} has shape {tuple(shape)}, its slice {len(where.index)} dimensions; "
+                "change its entry in meta['slices'] with the tensor"
             )
         for size, positions in zip(shape, where.index, strict=True):
             if positions is not None and len(positions) != size:
                 raise PassError(
-                    f"{name} has shape {tuple(shape)}, its slice {len(positions)} positions"
+                    f"{name} has shape {tuple(shape)}, its slice {len(positions)} positions along "
+                    "one of them; change its entry in meta['slices'] with the tensor"
                 )
 
 

@@ -267,7 +267,10 @@ WRONG = {
         plan_with(layers={"a.*": {"splits": [4, 6]}}),
         'plan: layers["a.*"]: unknown key "splits"; did you mean "split"?',
     ),
-    "stages missing": (plan_with(stages=...), "plan: stages: missing; a plan needs stages, groups"),
+    "stages missing": (
+        plan_with(stages=...),
+        "plan: stages: missing, and a plan needs stages, groups",
+    ),
     "groups missing": (plan_with(groups=...), "plan: groups: missing"),
     "default missing": (plan_with(default=...), "plan: default: missing"),
     "split missing": (plan_with(default={"concat": "all"}), 'plan: default: "split" is missing'),
@@ -276,10 +279,13 @@ WRONG = {
     "stages a string": (plan_with(stages="3"), 'plan: stages: "3" is no whole number'),
     "stages a float": (plan_with(stages=3.0), "plan: stages: 3.0 is no whole number"),
     "stages a bool": (plan_with(stages=True), "plan: stages: true is no whole number"),
-    "no stages": (plan_with(stages=0), "plan: stages: 0 is too few; at least 1"),
+    "no stages": (plan_with(stages=0), "plan: stages: 0 is too few, a network has one at least"),
     "groups a bool": (plan_with(groups=True), "plan: groups: true is no whole number"),
     "groups few": (plan_with(groups=2), "plan: groups: 2 is fewer than stages (3)"),
-    "groups many": (plan_with(groups=10**9), "plan: groups: 1000000000 is too many; 1024 at most"),
+    "groups many": (
+        plan_with(groups=10**9),
+        "plan: groups: 1000000000 is too many; give 1024 at most",
+    ),
     "split no list": (
         plan_with(default={"split": 4, "concat": "all"}),
         "plan: default.split: 4 is no list of cut points; write one, e.g. [4, 6]",
@@ -456,7 +462,7 @@ TEXTS = {
     "digits": ('{"stages": ' + "9" * 5000 + "}", "plan: a number is too large"),
     "large": (
         '{"stages": 3, "groups": ' + "9" * 4000 + ', "default": {"split": [4], "concat": "all"}}',
-        "is too many; 1024 at most",
+        "is too many; give 1024 at most",
     ),
     "deep list": ("[" * 100_000, "nested too deeply"),
     "deep object": ('{"a":' * 100_000, "nested too deeply"),

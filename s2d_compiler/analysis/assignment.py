@@ -170,6 +170,6 @@ def _require_every_stage(owners: Owners, plan: Plan, channels: ChannelAnalysis) 
         names = ", ".join(sorted({f"{use.operator} ({use.reason})" for use in uncut}))
         remedy += f". Operators that could not be followed: {names}"
     raise PlanError(
-        f"plan: stage {empty[0]} of {plan.stages} owns no channel of any layer "
+        f"{plan.source}: stage {empty[0]} of {plan.stages} owns no channel of any layer "
         f"(groups {plan.groups}, default split {list(plan.default.split or ())}); {remedy}."
     )

@@ -146,7 +146,10 @@ class PartReader(Emitter):
     def scalar(self, node: fx.Node, stage: int) -> fx.Node:
         """A size computed from the batch, as a node of the staged graph."""
         if not is_scalar(node):
-            raise PassError(f"{place(node)} is not a number")
+            raise PassError(
+                f"{place(node)} is a tensor, and scalar() reads numbers only; read it with read() "
+                "or full()"
+            )
 
         def operand(n: fx.Node) -> fx.Node:
             return self.scalar(n, stage) if is_scalar(n) else self.any_part(n, stage)
@@ -180,7 +183,10 @@ class PartReader(Emitter):
         if where.lists is None or any(
             n not in (1, m) for n, m in zip(where.frame, own, strict=True)
         ):
-            raise PassError(f"{place(node)}: channels lie along {own}, not {where.frame}")
+            raise PassError(
+                f"{place(node)}: channels lie along {own}, not {where.frame}; read it with a "
+                "layout of its own frame"
+            )
         chosen = dict(zip(where.dimensions, where.lists, strict=True))
         lists = tuple(chosen.get(d, tuple(range(own[d]))) for d in channel_dimensions(own))
         return layout(own, box_positions(own, lists))
@@ -259,7 +265,10 @@ class PartReader(Emitter):
         if VERSIONED in owners:
             return self.version(node, max(stage, 1))
         if not self.positions_of(node, NOBODYS, 0).size:
-            raise PassError(f"{place(node)}: stage {stage} can read nothing of it")
+            raise PassError(
+                f"{place(node)}: stage {stage} can read nothing of it, since later stages own all "
+                "of it; read it with full(), which has zeros there"
+            )
         return self.nobody(node)
 
     def _assemble(
@@ -271,7 +280,8 @@ class PartReader(Emitter):
         later = wanted > stage
         if later.any() and not hide_later:
             raise PassError(
-                f"{place(node)}: stage {stage} would read channels of stage {int(wanted.max())}"
+                f"{place(node)}: stage {stage} would read channels of stage {int(wanted.max())}, "
+                "and a stage reads itself and earlier ones only; read it with full()"
             )
         zero = later | (wanted == ZERO)
         if zero.all() and zero.size:
@@ -354,7 +364,10 @@ class PartReader(Emitter):
             found.append((self.positions_of(node, PART, owner), self._source(node, PART, owner)))
         if VERSIONED in owners:
             if stage < 1:
-                raise PassError(f"{place(node)}: what is nobody's would read one stage's version")
+                raise PassError(
+                    f"{place(node)}: what is nobody's would read one stage's version of it; read "
+                    "it for a stage, from 1"
+                )
             found.append((self.positions_of(node, VERSION, stage), self.version(node, stage)))
         return found
 
@@ -432,7 +445,10 @@ class PartReader(Emitter):
             or len(where.dimensions) > 1
             or any(p not in place_of for p in where.positions)
         ):
-            raise PassError(f"positions {where.positions[:8]} are not in one part")
+            raise PassError(
+                f"{part.name}: positions {where.positions[:8]} are not in this part alone; read "
+                "them with read()"
+            )
         return self.select(
             part, where.dimensions[0], [place_of[p] for p in where.positions], part, stage
         )

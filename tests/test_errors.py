@@ -1,0 +1,67 @@
+"""Every error that the package can raise says where, what was found, the rule and the remedy.
+
+``tests/errors`` has a table of cases per part of the package; ``sites.py`` there finds every place
+that raises. A new ``raise`` without a case fails here.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.errors import (
+    cases_capture,
+    cases_passes,
+    cases_plan,
+)
+from tests.errors.case import Case
+from tests.errors.sites import Site, all_sites, sites_of
+
+TABLES = (cases_plan, cases_capture, cases_passes)
+CASES: dict[str, Case] = {
+    f"{table.__name__.rpartition('_')[2]}: {name}": case
+    for table in TABLES
+    for name, case in table.CASES.items()
+}
+
+
+@cache
+def outcome(name: str) -> tuple[Case, BaseException | None, Path, set[Site]]:
+    """What a case raises, and from which sites."""
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        os.chdir(folder)
+        try:
+            CASES[name].trigger(folder)
+        except Exception as error:
+            return CASES[name], error, folder, sites_of(error)
+        finally:
+            os.chdir(before)
+    return CASES[name], None, folder, set()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_message_has_its_four_parts(name: str) -> None:
+    case, error, folder, sites = outcome(name)
+    assert error is not None, "nothing was refused"
+    assert type(error) is case.error, repr(error)
+    said = str(error)
+    for part, text in case.parts(folder).items():
+        assert text, part
+        assert text in said, f"{part}: {text!r} is not in {said!r}"
+    assert said == said.strip()
+    assert "\n" not in said
+    assert len(said) < 900
+    assert sites, "it comes from no place that sites.py knows"
+
+
+def test_every_place_that_raises_has_a_case() -> None:
+    reached = {site for name in CASES for site in outcome(name)[3]}
+    missing = sorted(all_sites() - reached)
+    if missing:
+        pytest.fail("no case for\n" + "\n".join(map(str, missing)), pytrace=False)
