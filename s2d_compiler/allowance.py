@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
-__all__ = ["RefusedError", "check_calls", "resolve"]
+__all__ = ["RefusedError", "check_calls", "check_data", "resolve"]
 
 PREFIXES = (
     "torch.nn.modules",
@@ -140,7 +141,27 @@ def check_calls(pickle: bytes, listed: Iterable[str]) -> None:
         RefusedError: for a call of anything but torch's tensor builders and a few extras, or if
             the pickle is damaged.
     """
-    machine = _Machine(frozenset(listed))
+    _follow(pickle, _Machine(frozenset(listed)))
+
+
+def check_data(
+    pickle: bytes, names: Collection[str], builders: Mapping[str, int], empty: str
+) -> None:
+    """Follow a pickle without running it, and refuse all but plain containers and tensors.
+
+    Args:
+        pickle: the pickle's bytes.
+        names: what it may name.
+        builders: which of them it may call, with how many arguments.
+        empty: one more that it may call, with none.
+
+    Raises:
+        RefusedError: for anything else, or if the pickle is damaged.
+    """
+    _follow(pickle, _DataMachine(frozenset(names), {**builders, empty: 0}))
+
+
+def _follow(pickle: bytes, machine: _Machine) -> None:
     try:
         for opcode, argument, _ in pickletools.genops(pickle):
             machine.step(opcode.name, argument)
@@ -161,9 +182,7 @@ class _Machine:
 
     def step(self, opcode: str, argument: Any) -> None:
         if opcode == "GLOBAL":
-            module, _, name = argument.partition(" ")
-            module = "builtins" if module == "__builtin__" else module
-            self.stack.append(_Global(f"{module}.{name}"))
+            self.stack.append(_Global(self._name(argument)))
         elif opcode == "REDUCE":
             arguments, function = self.stack.pop(), self.stack.pop()
             self._check_call(function, arguments)
@@ -201,6 +220,12 @@ class _Machine:
                 "(save it again, with the default pickle protocol)"
             )
 
+    def _name(self, argument: str) -> str:
+        """The name that torch makes of an instruction's two parts."""
+        module, _, name = argument.partition(" ")
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        return f"{module}.{name}"
+
     def _check_call(self, function: object, arguments: object) -> None:
         if not isinstance(function, _Global):
             raise RefusedError("its pickle calls something that it computed itself")
@@ -228,6 +253,35 @@ class _Machine:
             )
 
 
+class _DataMachine(_Machine):
+    """The same for a file of plain containers and tensors, which makes no instances."""
+
+    def __init__(self, names: frozenset[str], builders: Mapping[str, int]) -> None:
+        super().__init__(names)
+        self.builders = builders
+
+    def step(self, opcode: str, argument: Any) -> None:
+        if opcode in _NOT_DATA:
+            raise RefusedError(f"its pickle has the instruction {opcode}, which no data needs")
+        super().step(opcode, argument)
+
+    def _name(self, argument: str) -> str:
+        name = super()._name(argument)
+        if name not in self.listed:
+            raise RefusedError(f"reading it would use {name!a:.80}")
+        return name
+
+    def _check_call(self, function: object, arguments: object) -> None:
+        if not isinstance(function, _Global) or function.name not in self.builders:
+            raise RefusedError("its pickle calls something that builds no tensor")
+        count = self.builders[function.name]
+        if not isinstance(arguments, tuple) or len(arguments) != count:
+            raise RefusedError(
+                f"its pickle calls {function.name} with other than {count} arguments"
+            )
+
+
+_NOT_DATA = {"BUILD", "NEWOBJ", "EMPTY_SET", "SHORT_BINSTRING"}
 _MEMO_PUT = {"BINPUT", "LONG_BINPUT"}
 _MEMO_GET = {"BINGET", "LONG_BINGET"}
 _TO_MARK = {"TUPLE", "APPENDS", "SETITEMS"}

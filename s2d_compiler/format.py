@@ -15,37 +15,31 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
-import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from s2d_compiler._version import FILE_FORMAT
-from s2d_compiler.analysis.cost import Cost
-from s2d_compiler.attributes import find, graph_module, is_container, is_saved, is_taken, put, read
-from s2d_compiler.dynamic import DynamicModel, DynamicParts, Interface
+from s2d_compiler.allowance import RefusedError
+from s2d_compiler.archive import ArchiveError, check_data_only, check_members
+from s2d_compiler.attributes import is_container, is_saved, read
+from s2d_compiler.computed import ComputedLayer
+from s2d_compiler.decoding import Allowed, decode_network
+from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import FormatError, S2DError
-from s2d_compiler.graph_codec import (
-    OWN_NAMESPACES,
-    decode_graph,
-    decode_module,
-    encode_graph,
-    encode_module,
-)
+from s2d_compiler.fields import require_plain, shown
+from s2d_compiler.graph_codec import encode_graph
+from s2d_compiler.module_codec import encode_module
+from s2d_compiler.operator_names import needed_permission
 from s2d_compiler.output import atomic_write
-from s2d_compiler.plan import Plan
 from s2d_compiler.provenance import Slice
-from s2d_compiler.report import Report
-from s2d_compiler.structure import (
-    decode_structure,
-    encode_structure,
-    foreign_types,
-    types_by_name,
-)
+from s2d_compiler.structure import encode_structure, foreign_types, types_by_name
+
+__all__ = ["Allowed", "from_data", "load", "load_to_show", "permissions", "save", "to_data"]
 
 log = logging.getLogger(__name__)
 
@@ -70,14 +64,12 @@ def save(dyn: DynamicModel, path: str | os.PathLike[str]) -> None:
 
 def permissions(dyn: DynamicModel) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What ``load`` must be allowed for a network: ``operators``, and names of ``types``."""
-    operators = {
-        f"{node.target.namespace}::{node.target._opname}"
-        for stage in dyn.stages
-        if isinstance(stage, fx.GraphModule)
-        for node in stage.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
-        and node.target.namespace not in OWN_NAMESPACES
-    }
+    graphs = [stage.graph for stage in dyn.stages if isinstance(stage, fx.GraphModule)]
+    targets = {node.target for graph in graphs for node in graph.nodes}
+    for module in dyn.modules():
+        if isinstance(module, ComputedLayer):
+            targets |= {step.target for step in module.expression.steps}
+    operators = {name for target in targets if (name := needed_permission(target)) is not None}
     specs = [spec for spec in (dyn.parts.output_spec, dyn.parts.input_spec) if spec is not None]
     types = {name for spec in specs for name in foreign_types(encode_structure(spec))}
     return tuple(sorted(operators)), tuple(sorted(types))
@@ -159,7 +151,7 @@ class _Tables:
     def _tensor(self, tensor: torch.Tensor) -> int:
         if id(tensor) not in self.tensor_ids:
             self.tensor_ids[id(tensor)] = len(self.tensors)
-            kept = tensor.detach()
+            kept = tensor.detach().resolve_conj().resolve_neg()
             if kept.untyped_storage().nbytes() != kept.numel() * kept.element_size():
                 kept = kept.clone()
             self.tensors.append(
@@ -190,21 +182,7 @@ def _encode_provenance(provenance: Mapping[str, Slice]) -> dict[str, Any]:
     return {"indices": [torch.tensor(i, dtype=torch.int32) for i in indices], "slices": rows}
 
 
-# -- reading ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Allowed:
-    """What a file may use beside what needs no permission.
-
-    Attributes:
-        operators: Operators as ``namespace::operator``; None to look at a file without running
-            it.
-        types: Classes by name; None likewise.
-    """
-
-    operators: Collection[str] | None = ()
-    types: Mapping[str, type] | None = field(default_factory=dict)
+# -- reading -------------------------------------------------------------------------------------
 
 
 def load(
@@ -233,12 +211,12 @@ def load(
             'as ["mylib::myop"].'
         )
     allowed = Allowed(frozenset(operators), types_by_name(types))
-    return from_data(_read(path, map_location), os.fspath(path), allowed)
+    return from_data(_read(path), os.fspath(path), allowed, map_location)
 
 
 def load_to_show(path: str | os.PathLike[str]) -> DynamicModel:
     """Read a staged network to look at it; what ``load`` would want allowed cannot be run."""
-    return from_data(_read(path, "cpu"), os.fspath(path), Allowed(None, None))
+    return from_data(_read(path), os.fspath(path), Allowed(None, None))
 
 
 def _is_operator_name(name: Any) -> bool:
@@ -249,30 +227,33 @@ def _is_operator_name(name: Any) -> bool:
     )
 
 
-def _read(path: str | os.PathLike[str], map_location: str | torch.device) -> Any:
+def _read(path: str | os.PathLike[str]) -> Any:
     name = os.fspath(path)
     try:
-        _check_whole(name)
-        return torch.load(name, map_location=map_location, weights_only=True)
+        if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+            raise FormatError(f"{name} is a device or a pipe; name a plain file.")
+        with open(path, "rb") as file:
+            check_members(file)
+            check_data_only(file)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FormatError:
+        raise
     except IsADirectoryError as error:
         raise FormatError(f"{name} is a directory; name the dyn.pt file inside it.") from error
     except FileNotFoundError as error:
         raise FormatError(
             f"{name}: no such file; compile one with s2d-compile MODEL --splits PLAN -o {name}."
         ) from error
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        OSError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OverflowError,
-    ) as error:
+    except RefusedError as error:
+        raise FormatError(
+            f"{name} is not a dyn.pt, or is damaged ({error}); it may be a model, which "
+            f"s2d-compile {name} --splits PLAN -o OUTPUT turns into one."
+        ) from error
+    except ArchiveError as error:
+        raise FormatError(
+            f"{name} is not a dyn.pt, or is damaged ({error}); copy it again."
+        ) from error
+    except Exception as error:  # what torch's readers raise on damaged files is no fixed list
         log.debug("%s: %s", name, error)
         raise FormatError(
             f"{name} is not a dyn.pt, or is damaged: torch's weights-only loader refuses it. "
@@ -280,217 +261,61 @@ def _read(path: str | os.PathLike[str], map_location: str | torch.device) -> Any
         ) from error
 
 
-def _check_whole(name: str) -> None:
-    """Compare the checksums in the archive, which torch does not.
-
-    Raises:
-        zipfile.BadZipFile: One differs.
-    """
-    with zipfile.ZipFile(name) as archive:
-        if (member := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"{member} is damaged")
-
-
-def from_data(data: Any, name: str, allowed: Allowed | None = None) -> DynamicModel:
+def from_data(
+    data: Any,
+    name: str,
+    allowed: Allowed | None = None,
+    map_location: str | torch.device | None = None,
+) -> DynamicModel:
     """The staged network that ``to_data`` described.
 
     Raises:
-        FormatError: The data is none.
+        FormatError: The data is none, or its tensors cannot be put where they are to go.
     """
-    if not isinstance(data, dict) or data.get("format") != FILE_FORMAT:
+    if type(data) is not dict or type(data.get("format")) is not str:
+        data = {}
+    if data.get("format") != FILE_FORMAT:
         raise FormatError(
             f"{name} is not a dyn.pt; it may be a model, which s2d-compile turns into one."
         )
     version = data.get("version")
     if type(version) is not int or version < 1:
         raise FormatError(
-            f"{name}: its format has version {version!r}, which is none (versions count from 1); "
-            "the file is damaged, compile the model again."
+            f"{name}: its format has version {shown(version)}, which is none (versions count from "
+            "1); the file is damaged, compile the model again."
         )
     if version > VERSION:
         raise FormatError(
-            f"{name}: its format has version {version}, and this package reads versions up to "
-            f"{VERSION}; upgrade s2d-compiler."
+            f"{name}: its format has version {shown(version)}, and this package reads versions up "
+            f"to {VERSION}; upgrade s2d-compiler."
         )
+    device = _device(map_location)
     try:
-        return _network(data, allowed or Allowed())
+        require_plain(data)
+        return decode_network(data, allowed or Allowed(), device)
     except S2DError as error:
         raise FormatError(f"{name}: {error}") from error
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        AssertionError,
-        RuntimeError,
-        OverflowError,
-        SyntaxError,
-    ) as error:
+    except Exception as error:  # every rule has a sentence of its own; this is for those missing
         raise FormatError(
             f"{name} is damaged ({type(error).__name__}: {_sentence(error)})."
         ) from error
 
 
+def _device(map_location: str | torch.device | None) -> torch.device | None:
+    """Where tensors go, tried out with an empty one."""
+    if map_location is None:
+        return None
+    try:
+        device = torch.device(map_location)
+        torch.empty(0).to(device)
+    except Exception as error:
+        raise FormatError(
+            f"map_location: {map_location!r} is no device of this machine ({_sentence(error)}); "
+            'leave it at "cpu".'
+        ) from error
+    return device
+
+
 def _sentence(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")[:200]
-
-
-def _network(data: Mapping[str, Any], allowed: Allowed) -> DynamicModel:
-    tensors = [_tensor(row) for row in data["tensors"]]
-    modules = [_module(row, tensors, f"module {i}") for i, row in enumerate(data["modules"])]
-    stages = [
-        _stage(row, modules, tensors, number, allowed)
-        for number, row in enumerate(data["stages"], start=1)
-    ]
-    specs = {
-        key: None if data[key] is None else decode_structure(data[key], allowed.types)
-        for key in ("output_spec", "input_spec")
-    }
-    parts = DynamicParts(
-        plan=Plan.from_dict(data["plan"]),
-        cost=Cost.from_dict(data["cost"]),
-        report=Report.from_dict(data["report"]),
-        provenance=_decode_provenance(data["provenance"]),
-        interfaces=tuple(
-            Interface(tuple(tuple(i) for i in row["inputs"]), int(row["features"]))
-            for row in data["interfaces"]
-        ),
-        owners=tuple(data["owners"].tolist()),
-        input_shapes=tuple(tuple(int(n) for n in shape) for shape in data["input_shapes"]),
-        batch=None if data["batch"] is None else int(data["batch"]),
-        made_by=dict(data["made_by"]),
-        **specs,
-    )
-    if not len(stages) == len(parts.interfaces) == parts.plan.stages:
-        raise FormatError(
-            f"{len(stages)} stages, but the plan has {parts.plan.stages}; the file is damaged."
-        )
-    for number, stage in enumerate(stages):
-        _check_interface(stage, parts, number)
-    dyn = DynamicModel(stages, parts)
-    dyn.training = any(m.training for m in modules)
-    return dyn
-
-
-def _check_interface(stage: fx.GraphModule, parts: DynamicParts, number: int) -> None:
-    """Require that a stage's inputs exist and its outputs have the network's structure.
-
-    Raises:
-        FormatError: Something does not fit.
-    """
-    place, interface = f"stage {number + 1}", parts.interfaces[number]
-    nodes = list(stage.graph.nodes)
-    if sum(n.op == "placeholder" for n in nodes) != len(interface.inputs):
-        raise FormatError(f"{place}: its graph takes another number of inputs; damaged.")
-    for where in interface.inputs:
-        known = where[0] == "input" and len(where) == 2 and 0 <= where[1] < len(parts.input_shapes)
-        if where[0] == "feature" and len(where) == 3 and 0 <= where[1] < number:
-            known = 0 <= where[2] < parts.interfaces[where[1]].features
-        if not known:
-            raise FormatError(f"{place}: it takes {where!r}, which no earlier stage hands on.")
-    output = nodes[-1].args[0] if nodes and nodes[-1].op == "output" else None
-    leaves = 1 if parts.output_spec is None else parts.output_spec.num_leaves
-    if not _takes_all_inputs(parts):
-        raise FormatError("the structure of its inputs is not that of a call; damaged.")
-    if not isinstance(output, tuple) or [len(o) for o in output] != [leaves, interface.features]:
-        raise FormatError(f"{place}: its outputs are not those of the network; damaged.")
-
-
-def _takes_all_inputs(parts: DynamicParts) -> bool:
-    """Whether the structure of the inputs is that of a call with all of them."""
-    spec = parts.input_spec
-    return spec is None or (
-        spec.type is tuple
-        and [child.type for child in spec._children] == [tuple, dict]
-        and spec.num_leaves == len(parts.input_shapes)
-        and all(isinstance(name, str) for name in spec._children[1]._context)
-    )
-
-
-def _tensor(row: Mapping[str, Any]) -> torch.Tensor:
-    data = row["data"]
-    if not isinstance(data, torch.Tensor):
-        raise FormatError("a tensor is no tensor; the file is damaged.")
-    return (
-        nn.Parameter(data, requires_grad=bool(row["requires_grad"])) if row["parameter"] else data
-    )
-
-
-def _module(row: Mapping[str, Any], tensors: list[torch.Tensor], place: str) -> nn.Module:
-    held = {str(key): tensors[where["tensor"]] for key, where in row["tensors"].items()}
-    unsaved = frozenset(str(key) for key, where in row["tensors"].items() if not where["saved"])
-    module = decode_module({k: row[k] for k in ("class", "arguments")}, place, held, unsaved)
-    wanted = {
-        k for k, v in [*module._parameters.items(), *module._buffers.items()] if v is not None
-    }
-    if set(row["tensors"]) != wanted:
-        raise FormatError(
-            f"{place} ({row['class']}) has not the tensors {', '.join(sorted(wanted))}."
-        )
-    for key, where in row["tensors"].items():
-        tensor, slot = (
-            tensors[where["tensor"]],
-            module._parameters.get(key, module._buffers.get(key)),
-        )
-        assert slot is not None
-        if tensor.shape != slot.shape:
-            raise FormatError(
-                f"{place} ({row['class']}): {key} is {tuple(tensor.shape)}, "
-                f"not {tuple(slot.shape)}."
-            )
-        if key in module._parameters:
-            if not isinstance(tensor, nn.Parameter):
-                raise FormatError(f"{place}: {key} is no parameter.")
-            module._parameters[key] = tensor
-        else:
-            module._buffers[key] = tensor
-            if not where["saved"]:
-                module._non_persistent_buffers_set.add(key)
-    return module.train(bool(row["training"]))
-
-
-def _stage(
-    row: Mapping[str, Any],
-    modules: list[nn.Module],
-    tensors: list[torch.Tensor],
-    number: int,
-    allowed: Allowed,
-) -> fx.GraphModule:
-    place = f"stage {number}"
-    graph = decode_graph(row["graph"], place, allowed.operators)
-    root = nn.Module()
-    for target, index in row["modules"].items():
-        _assign(root, target, modules[index], True, place)
-    for target, where in row["attributes"].items():
-        _assign(root, target, tensors[where["tensor"]], bool(where["saved"]), place)
-    for node in graph.nodes:
-        if node.op == "call_module" and node.target not in row["modules"]:
-            raise FormatError(
-                f"{place}: node {node.name!r} calls {node.target!r}, which the file does not hold."
-            )
-        if node.op == "get_attr" and not isinstance(find(root, str(node.target)), torch.Tensor):
-            raise FormatError(
-                f"{place}: node {node.name!r} reads {node.target!r}, which the file does not hold."
-            )
-    graph.lint()
-    result = graph_module(root, graph, f"Stage{number}")
-    result.training = any(m.training for m in result.children())
-    return result
-
-
-def _assign(root: nn.Module, target: str, value: Any, saved: bool, place: str) -> None:
-    parts = str(target).split(".")
-    inside = (".".join(parts[:n]) for n in range(1, len(parts)))
-    if any(is_taken(root, container) for container in inside) or is_taken(root, str(target)):
-        raise FormatError(f"{place}: {target!r} lies inside another module, or is there twice.")
-    put(root, str(target), value, saved=saved)
-
-
-def _decode_provenance(data: Mapping[str, Any]) -> dict[str, Slice]:
-    indices = [tuple(t.tolist()) for t in data["indices"]]
-    return {
-        str(key): Slice(str(source), tuple(None if i is None else indices[i] for i in index))
-        for key, (source, index) in data["slices"].items()
-    }

@@ -137,6 +137,11 @@ def is_plain_name(path: str) -> bool:
     )
 
 
+def is_reserved(name: str) -> bool:
+    """Whether a module of torch's own uses a name."""
+    return name in _RESERVED
+
+
 def safe_name(path: str) -> str:
     """A module path that a graph module can hold: some names are its own, and generated source
     takes letters, digits and underscores alone."""

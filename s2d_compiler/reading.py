@@ -338,7 +338,7 @@ def _check_whole(name: str, model: nn.Module) -> None:
         state = model.state_dict()
         meta = [key for key, value in state.items() if getattr(value, "is_meta", False)]
         broken = [key for key, child in model.named_modules() if not isinstance(child, nn.Module)]
-        str(model.training)
+        str((model.training, model))
     except Exception as error:
         _fail(name, f"the model is damaged or incomplete ({_first_line(error)})", error)
     if broken:

@@ -14,6 +14,7 @@ from torch import fx
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.analysis.cost import static_macs
 from s2d_compiler.analysis.labels import Labels, is_versioned
+from s2d_compiler.fields import Fields, as_number, as_text, damaged, fields_of, shown
 from s2d_compiler.program import Dropped, is_scalar, operator_name, path_of
 from s2d_compiler.rules.layers import is_layer
 
@@ -170,20 +171,50 @@ class Report:
         return plain
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """Read what ``to_dict`` wrote."""
+    def from_dict(cls, data: Mapping[str, Any] | Fields) -> Report:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            FormatError: Something is missing, or of another kind.
+        """
+        data = fields_of(data, "report")
+        share, dropped = data.value("cut_share"), data.inner("dropped")
+        if type(share) not in (int, float) or not 0 <= share <= 1:
+            damaged(data.at("cut_share"), f"{shown(share)} is no share from 0 to 1")
         return cls(
             layers=tuple(
-                LayerReport(**{**r, "channels": tuple(r["channels"])}) for r in data["layers"]
+                LayerReport(
+                    layer=row.text("layer"),
+                    status=row.text("status"),
+                    reason=row.text("reason"),
+                    resolution=row.text("resolution"),
+                    macs=row.number("macs"),
+                    channels=row.numbers("channels"),
+                )
+                for row in data.rows("layers")
             ),
-            coupled=tuple(CoupledUse(**r) for r in data["coupled"]),
-            unknown=tuple(FallbackUse(**r) for r in data["unknown"]),
-            dropped=Dropped(tuple(data["dropped"]["modules"]), tuple(data["dropped"]["unused"])),
-            notes=tuple(data["notes"]),
-            cut_share=float(data["cut_share"]),
-            nodes=int(data["nodes"]),
-            stage_one=tuple((str(k), int(m)) for k, m in data["stage_one"]),
-            original_macs=int(data["original_macs"]),
+            coupled=tuple(
+                CoupledUse(row.text("node"), row.text("operator"), row.text("path"))
+                for row in data.rows("coupled")
+            ),
+            unknown=tuple(
+                FallbackUse(
+                    node=row.text("node"),
+                    operator=row.text("operator"),
+                    path=row.text("path"),
+                    reason=row.text("reason"),
+                    macs=row.number("macs"),
+                    runs=row.number("runs"),
+                    extra_macs=row.number("extra_macs"),
+                )
+                for row in data.rows("unknown")
+            ),
+            dropped=Dropped(dropped.texts("modules"), dropped.texts("unused")),
+            notes=data.texts("notes"),
+            cut_share=float(share),
+            nodes=data.number("nodes"),
+            stage_one=tuple(_kind_and_macs(item, data) for item in data.items("stage_one")),
+            original_macs=data.number("original_macs"),
         )
 
     def __str__(self) -> str:
@@ -369,6 +400,13 @@ def _status(assignment: StageAssignment, node: str, name: str) -> tuple[str, str
     if pinned.issuperset(rows.tolist()):
         return "whole", "its output gates channels of others, so it belongs to stage 1", owned
     return "whole", _too_few(rows, owned), owned
+
+
+def _kind_and_macs(item: Any, data: Fields) -> tuple[str, int]:
+    place = data.at("stage_one")
+    if type(item) is not list or len(item) != 2:
+        damaged(place, f"{shown(item)} is not a kind of layer and its MACs")
+    return as_text(item[0], place), as_number(item[1], place)
 
 
 #: Share of the original above which a report says what stage 1 pays for.

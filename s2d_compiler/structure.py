@@ -15,6 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from s2d_compiler.errors import FormatError
+from s2d_compiler.fields import Fields, as_number, damaged, shown
 from s2d_compiler.program import is_plain_name
 
 _KEYED: dict[str, Any] = {"dict": dict, "OrderedDict": OrderedDict}
@@ -78,43 +79,70 @@ def _plain(value: Any, kind: type) -> Any:
     )
 
 
-def decode_structure(row: Any, types: Mapping[str, type] | None) -> Any:
+def decode_structure(row: Fields, types: Mapping[str, type] | None) -> Any:
     """The structure that ``encode_structure`` stored.
 
     Args:
-        row: The data.
+        row: The data; a leaf's is None.
         types: Classes that it may contain, by ``class_name``. None where the structure is only
             looked at: a tuple then stands in for any class.
 
     Raises:
         FormatError: It is no structure, or contains a class that is not among ``types``.
     """
-    if row is None:
-        return pytree.treespec_leaf()
-    children = [decode_structure(child, types) for child in row["children"]]
-    kind, context = row["kind"], _plain(row["context"], tuple)
-    if kind in _KEYED and (type(context) is not list or len(context) != len(children)):
-        raise FormatError(f"a {kind} has not one key per value; the file is damaged.")
+    children = [
+        pytree.treespec_leaf() if child is None else decode_structure(Fields(child, place), types)
+        for number, child in enumerate(row.items("children"))
+        for place in [f"{row.at('children')}[{number}]"]
+    ]
+    kind, context = row.text("kind"), _plain(row.value("context"), tuple)
+    if kind in _KEYED:
+        _check_keys(context, len(children), row)
+        return pytree.TreeSpec(_KEYED[kind], context, children)
+    if kind == "deque":
+        if context is not None and context != len(children):
+            as_number(context, row.at("context"), len(children))
+        return pytree.TreeSpec(deque, context, children)
     if kind in _PLAIN:
-        return pytree.TreeSpec(_PLAIN[kind], context, children)
-    if kind == "defaultdict" and context[0] in _FACTORIES and len(context[1]) == len(children):
+        if context is not None:
+            damaged(row.at("context"), f"{shown(context)} stands where nothing belongs")
+        return pytree.TreeSpec(_PLAIN[kind], None, children)
+    if kind == "defaultdict":
+        if type(context) is not list or len(context) != 2 or context[0] not in (*_FACTORIES,):
+            damaged(row.at("context"), f"{shown(context)} is no factory of values and keys")
+        _check_keys(context[1], len(children), row)
         return pytree.TreeSpec(defaultdict, [_FACTORIES[context[0]], context[1]], children)
-    name = row["class"]
+    if kind not in ("namedtuple", "class"):
+        damaged(row.at("kind"), f"{shown(kind)} is no kind of structure")
+    name = row.text("class")
     if types is None:
         return pytree.TreeSpec(tuple, None, children)
     if kind == "namedtuple" and name not in types:
         return pytree.TreeSpec(namedtuple, _named_tuple(name, context, len(children)), children)
-    if kind not in ("namedtuple", "class"):
-        raise FormatError(f"{str(kind)[:60]!r} is no kind of structure; the file is damaged.")
+    return _of_class(name, kind, context, children, types)
+
+
+def _check_keys(keys: Any, count: int, row: Fields) -> None:
+    if type(keys) is not list or len(keys) != count or not all(type(k) in _SMALL for k in keys):
+        damaged(row.at("context"), "it has not one key per value")
+    if len({*keys}) != count:
+        damaged(row.at("context"), "two values have one key")
+
+
+def _of_class(
+    name: str, kind: str, context: Any, children: list[Any], types: Mapping[str, type]
+) -> Any:
+    """A structure of a class that is handed in, or torch's own."""
     found = types.get(name) or _TORCH.get(name)
     if found is None:
         raise FormatError(
-            f"the network takes or returns a {name}, and a file may not choose which classes are "
-            f"used; import that class and hand it in: load(path, types=[{name.split('.')[-1]}])."
+            f"the network takes or returns a {shown(name)}, and a file may not choose which "
+            "classes are used; import that class and hand it in: "
+            f"load(path, types=[{shown(name.split('.')[-1])[1:-1]}])."
         )
     if kind == "namedtuple" and found not in pytree.SUPPORTED_NODES:
         if list(getattr(found, "_fields", ())) != context or len(context) != len(children):
-            raise FormatError(f"{name} has not the fields {', '.join(map(str, context))}.")
+            raise FormatError(f"{name} has not the fields {shown(str(context))}.")
         return pytree.TreeSpec(namedtuple, found, children)
     if found not in pytree.SUPPORTED_NODES:
         raise FormatError(
@@ -128,9 +156,12 @@ def _named_tuple(name: Any, fields: Any, count: int) -> Any:
     """A named tuple made anew: its names are identifiers, and nothing else is taken."""
     short = str(name).rpartition(".")[2]
     if not isinstance(fields, list) or len(fields) != count:
-        raise FormatError(f"the named tuple {short[:60]!r} has not one field per value; damaged.")
-    if not all(isinstance(f, str) and is_plain_name(f) and "." not in f for f in (short, *fields)):
-        raise FormatError(f"the named tuple {short[:60]!r} has a name that is no identifier.")
+        damaged(f"the named tuple {shown(short)}", "it has not one field per value")
+    names = [f for f in (short, *fields) if isinstance(f, str) and is_plain_name(f)]
+    if len(names) != count + 1 or any("." in f or f.startswith("_") for f in names[1:]):
+        damaged(f"the named tuple {shown(short)}", "it has a name that is no identifier")
+    if len({*fields}) != count:
+        damaged(f"the named tuple {shown(short)}", "two of its fields have one name")
     return namedtuple(short, fields)
 
 

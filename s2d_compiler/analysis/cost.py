@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import fx, nn
 from s2d_compiler.analysis.channels import layer_macs, layer_positions
 from s2d_compiler.attributes import read
 from s2d_compiler.computed import weight_shape
+from s2d_compiler.fields import Fields, as_number, as_text, damaged, fields_of, shown
 from s2d_compiler.program import Program
 from s2d_compiler.rules import UNKNOWN, find_rule
 from s2d_compiler.rules.layers import is_layer
@@ -98,18 +99,33 @@ class Cost:
         }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Cost:
-        """Read what ``to_dict`` wrote."""
-        stages = tuple(
-            StageCost(
-                int(s["macs"]),
-                int(s["cumulative_macs"]),
-                int(s["parameters"]),
-                tuple(LayerCost(str(n), str(o), int(m), int(p)) for n, o, m, p in s["layers"]),
-            )
-            for s in data["stages"]
-        )
-        return cls(stages, int(data["original_macs"]), int(data["original_parameters"]))
+    def from_dict(cls, data: Mapping[str, Any] | Fields) -> Cost:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            FormatError: A count is none, or the stages do not add up.
+        """
+        data = fields_of(data, "cost")
+        stages: list[StageCost] = []
+        total = 0
+        for row in data.rows("stages"):
+            macs, cumulative = row.number("macs"), row.number("cumulative_macs")
+            total += macs
+            if cumulative != total:
+                damaged(row.at("cumulative_macs"), f"{cumulative} is not the sum {total}")
+            layers = tuple(_layer_cost(item, row) for item in row.items("layers"))
+            stages.append(StageCost(macs, cumulative, row.number("parameters"), layers))
+        original = data.number("original_macs"), data.number("original_parameters")
+        return cls(tuple(stages), *original)
+
+
+def _layer_cost(item: Any, row: Fields) -> LayerCost:
+    if type(item) is not list or len(item) != 4:
+        damaged(row.at("layers"), f"{shown(item)} is not name, operator, MACs and parameters")
+    name, operator, *counts = item
+    place = row.at("layers")
+    macs, parameters = (as_number(count, place) for count in counts)
+    return LayerCost(as_text(name, place), as_text(operator, place), macs, parameters)
 
 
 def static_macs(program: Program, node: fx.Node) -> int:

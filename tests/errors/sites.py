@@ -20,8 +20,8 @@ CLASSES = {
     name
     for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, errors.S2DError)
-} | {"RefusedError"}  # allowance.py's; its text ends up in a ModelFileError
-TELLERS = {"fail", "_fail"}
+} | {"RefusedError", "ArchiveError"}  # their texts end up in errors of the package
+TELLERS = {"fail", "_fail", "damaged"}
 """Functions that raise the text that they are given: their calls are the sites."""
 EXPLAINERS = {"_explain"}
 """Functions that return an error: ``raise _explain(...)`` is a site."""
