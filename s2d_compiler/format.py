@@ -297,7 +297,8 @@ def from_data(
         raise FormatError(f"{name}: {error}") from error
     except Exception as error:  # every rule has a sentence of its own; this is for those missing
         raise FormatError(
-            f"{name} is damaged ({type(error).__name__}: {_sentence(error)})."
+            f"{name}: what it holds is no network ({type(error).__name__}: {_sentence(error)}); "
+            "the file is damaged, compile the model again."
         ) from error
 
 

@@ -57,7 +57,8 @@ def encode(value: Any, place: str) -> Any:
     if isinstance(value, slice):
         return {"slice": [encode(v, place) for v in (value.start, value.stop, value.step)]}
     raise FormatError(
-        f"{place}: an argument of type {type(value).__name__} cannot be stored in a dyn.pt."
+        f"{place}: an argument of type {type(value).__name__} cannot be stored in a dyn.pt; give "
+        "the node nodes, numbers, text, and lists of these."
     )
 
 
@@ -89,8 +90,8 @@ def decode(value: Any, nodes: Mapping[str, Any], place: str) -> Any:
     if kind == "device":
         try:
             return torch.device(content)
-        except RuntimeError as error:
-            raise FormatError(f"{place}: {shown(content)} is not a device.") from error
+        except RuntimeError:
+            damaged(place, f"{shown(content)} is not a device")
     damaged(place, f"{shown(kind)} {shown(content)} is no argument, or a node that comes later")
 
 

@@ -141,7 +141,7 @@ def encode_module(module: nn.Module, place: str) -> dict[str, Any]:
     if name not in _MODULES or type(module) is not _MODULES[name][0]:
         raise FormatError(
             f"{place}: modules of class {type(module).__module__}.{name} cannot be stored "
-            f"in a dyn.pt, which holds {', '.join(sorted(_MODULES))}."
+            f"in a dyn.pt, which holds {', '.join(sorted(_MODULES))}; make it of these."
         )
     arguments: dict[str, Any] = {}
     for key in _MODULES[name][1]:
@@ -173,9 +173,10 @@ def decode_module(
     if name == COMPUTED and tensors is not None:
         return _decode_computed(row.inner("arguments"), tensors, unsaved, operators)
     if name not in _MODULES:
-        raise FormatError(
-            f"{row.at('class')}: {shown(name)} is not a module that a dyn.pt may hold, which are "
-            f"{', '.join(sorted(_MODULES))}."
+        damaged(
+            row.at("class"),
+            f"{shown(name)} is not a module that a dyn.pt may hold, which are "
+            f"{', '.join(sorted(_MODULES))}",
         )
     kind, rules = _MODULES[name]
     if name.startswith(_WITH_BIAS):
@@ -194,7 +195,7 @@ def decode_module(
         return with_or_without_bias(kind(**values), has_bias)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         problem = str(error).partition("\n")[0][:200]
-        raise FormatError(f"{row.place}: {name} cannot be made: {problem}.") from error
+        damaged(row.place, f"a {name} cannot be made with its arguments ({problem})")
 
 
 # -- layers with computed weights ----------------------------------------------------------------
@@ -230,8 +231,6 @@ def _decode_computed(
     layer = decode_module(row.inner("layer"))
     if type(layer).__name__ not in SETTINGS:
         damaged(row.place, f"a {type(layer).__name__} has no computed weight")
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.in_channels % layer.groups:
-        damaged(row.place, f"{layer.groups} groups do not divide {layer.in_channels} channels")
     for name in tensors:
         if "." in name or not is_plain_name(name) or hasattr(ComputedLayer, name):
             damaged(row.place, f"a tensor has the name {shown(name)}, which is no name or is taken")
@@ -275,7 +274,7 @@ def _check_shapes(module: ComputedLayer, place: str) -> None:
         given = [tuple(values[name].shape) for name in wanted]
     except Exception as error:
         problem = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
-        raise FormatError(f"{place}: its weight cannot be computed: {problem}.") from error
+        damaged(place, f"its weight cannot be computed ({problem})")
     expected = [weight_shape(module), weight_shape(module)[:1]][: len(given)]
     if given != expected:
         damaged(place, f"its weight and bias are {given}, not {expected}")

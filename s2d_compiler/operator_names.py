@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from s2d_compiler.errors import FormatError
+from s2d_compiler.fields import damaged, shown
 
 #: Python functions of numbers, as captured graphs use them on sizes.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -120,7 +121,7 @@ def operator_from_name(name: str, place: str, allowed: Collection[str] | None = 
         return _FUNCTIONS[name]
     parts = name.split(".")
     if len(parts) != 3 or not all(p.isidentifier() and p.isascii() for p in parts):
-        raise FormatError(f"{place}: {name[:60]!a} is not the name of an operator.")
+        damaged(place, f"{shown(name)} is not the name of an operator")
     namespace, operator_name, _ = parts
     is_own, listed = _is_own(namespace, operator_name), f"{namespace}::{operator_name}"
     if operator_name.startswith(_FORBIDDEN):
@@ -131,7 +132,7 @@ def operator_from_name(name: str, place: str, allowed: Collection[str] | None = 
         _refuse(name, listed, place)
     target = _find(name)
     if target is None:
-        where = f"in torch {torch.__version__}"
+        where = f"in torch {torch.__version__}; install the version that the file was made with"
         if namespace not in _OWN_NAMESPACES:
             where = "in this process; import the module that defines it first"
         raise FormatError(f"{place}: operator {name[:60]!r} does not exist {where}.")
@@ -142,7 +143,8 @@ def operator_from_name(name: str, place: str, allowed: Collection[str] | None = 
 
 def _refuse_impure(name: str, place: str) -> NoReturn:
     raise FormatError(
-        f"{place}: operator {name[:60]!r} is not one that a dyn.pt may hold (it is not pure)."
+        f"{place}: operator {name[:60]!r} is not one that a dyn.pt may hold (it is not pure); use "
+        "one that computes from its arguments alone."
     )
 
 
@@ -173,7 +175,10 @@ def _stand_in(name: str) -> Callable[..., Any]:
     """What a graph that is only looked at holds in place of an operator that is not allowed."""
 
     def refused(*args: Any, **kwargs: Any) -> Any:
-        raise FormatError(f"{name!r} was not allowed when the file was read; it cannot run.")
+        raise FormatError(
+            f"{name!r} was not allowed when the file was read, so it cannot run; allow it with "
+            "load(path, operators=[...])."
+        )
 
     # Names in generated source: never those of a module that could be found.
     refused.__module__, refused.__name__ = "not_allowed", name.replace(".", "_")

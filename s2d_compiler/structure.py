@@ -142,7 +142,10 @@ def _of_class(
         )
     if kind == "namedtuple" and found not in pytree.SUPPORTED_NODES:
         if list(getattr(found, "_fields", ())) != context or len(context) != len(children):
-            raise FormatError(f"{name} has not the fields {shown(str(context))}.")
+            raise FormatError(
+                f"types: {name} has not the fields {shown(str(context))} that the file's class "
+                "had; hand in the class that the model was compiled with."
+            )
         return pytree.TreeSpec(namedtuple, found, children)
     if found not in pytree.SUPPORTED_NODES:
         raise FormatError(

@@ -15,13 +15,14 @@ import pytest
 
 from tests.errors import (
     cases_capture,
+    cases_format,
     cases_passes,
     cases_plan,
 )
 from tests.errors.case import Case
 from tests.errors.sites import Site, all_sites, sites_of
 
-TABLES = (cases_plan, cases_capture, cases_passes)
+TABLES = (cases_plan, cases_capture, cases_passes, cases_format)
 CASES: dict[str, Case] = {
     f"{table.__name__.rpartition('_')[2]}: {name}": case
     for table in TABLES
