@@ -54,6 +54,19 @@ EXTRAS = {
 _CALLABLE_EXTRAS = {"functools.partial": None, "timm.layers.format.Format": 1}
 """The extras that a pickle may call, and with how many arguments (None: any number)."""
 
+_BUILDERS = {
+    **dict.fromkeys(("torch._utils._rebuild_tensor", "torch._utils._rebuild_parameter"), 4),
+    **dict.fromkeys(("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_qtensor"), 8),
+    **dict.fromkeys(("torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_sparse_tensor"), 8),
+    "torch._utils._rebuild_parameter_with_state": 4,
+    "torch._utils._rebuild_meta_tensor_no_storage": 4,
+    "torch.serialization._get_layout": 1,
+    **dict.fromkeys(("torch.Size", "torch.device", "_codecs.encode", "builtins.complex"), 2),
+    **dict.fromkeys(("builtins.set", "builtins.bytearray"), 1),
+    **dict.fromkeys(("collections.OrderedDict", "collections.Counter"), 1),
+}
+"""What of torch's own list a pickle may call, and with how many arguments at most."""
+
 _PLAIN_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
@@ -171,6 +184,14 @@ def _follow(pickle: bytes, machine: _Machine) -> None:
         raise RefusedError(f"its pickle is damaged ({error or type(error).__name__})") from error
 
 
+@dataclass(slots=True)
+class _Made:
+    """An instance that the pickle made, and what it called for that."""
+
+    by: str
+    is_filled: bool = False
+
+
 class _Machine:
     """The stack of an unpickler on which names stand for themselves, and all else for nothing."""
 
@@ -186,11 +207,14 @@ class _Machine:
         elif opcode == "REDUCE":
             arguments, function = self.stack.pop(), self.stack.pop()
             self._check_call(function, arguments)
-            self.stack.append(None)
+            self.stack.append(_Made(function.name if isinstance(function, _Global) else ""))
         elif opcode == "NEWOBJ":
             arguments, created = self.stack.pop(), self.stack.pop()
             self._check_new(created, arguments)
-            self.stack.append(None)
+            self.stack.append(_Made(""))
+        elif opcode == "BUILD":
+            self.stack.pop()
+            self._check_build(self.stack[-1])
         elif opcode in _MEMO_PUT:
             self.memo[argument] = self.stack[-1]
         elif opcode in _MEMO_GET:
@@ -211,7 +235,7 @@ class _Machine:
             for _ in range(_POPS[opcode]):
                 self.stack.pop()
         elif opcode in _CONSTANTS:
-            self.stack.append(() if opcode == "EMPTY_TUPLE" else None)
+            self.stack.append(() if opcode == "EMPTY_TUPLE" else argument)
         elif opcode == "BINPERSID":
             self.stack[-1] = None
         elif opcode not in ("PROTO", "STOP"):
@@ -230,13 +254,16 @@ class _Machine:
         if not isinstance(function, _Global):
             raise RefusedError("its pickle calls something that it computed itself")
         name = function.name
+        given = arguments if isinstance(arguments, tuple) else (None,) * 99
+        count = _CALLABLE_EXTRAS.get(name, -1)
         if name == "torch._tensor._rebuild_from_type_v2":
             self._check_rebuild(arguments)
-        elif name in self.listed:
-            count = _CALLABLE_EXTRAS.get(name, -1)
-            given = len(arguments) if isinstance(arguments, tuple) else -2
-            if count is not None and count != given:
-                raise RefusedError(f"its pickle calls {name}, which saving a model never writes")
+        elif name in self.listed and (count is None or count == len(given)):
+            return
+        elif name in self.listed or name not in _BUILDERS or len(given) > _BUILDERS[name]:
+            raise RefusedError(f"its pickle calls {name}, which saving a model never writes")
+        elif name == "builtins.bytearray" and any(isinstance(size, int) for size in given):
+            raise RefusedError("its pickle makes room for bytes that it does not hold")
 
     def _check_rebuild(self, arguments: object) -> None:
         """torch calls the first argument, so it has to be one of its own tensor builders."""
@@ -247,10 +274,16 @@ class _Machine:
     def _check_new(self, created: object, arguments: object) -> None:
         if not isinstance(created, _Global):
             raise RefusedError("its pickle makes an instance of something that it computed itself")
-        if created.name in self.listed and arguments != ():
+        if created.name not in self.listed or arguments != ():
             raise RefusedError(
                 f"its pickle makes a {created.name} with arguments, which saving never writes"
             )
+
+    def _check_build(self, made: object) -> None:
+        """Filling an instance twice would call what it was filled with first."""
+        if not isinstance(made, _Made) or made.is_filled or made.by.startswith("torch."):
+            raise RefusedError("its pickle fills something that is no new instance of a layer")
+        made.is_filled = True
 
 
 class _DataMachine(_Machine):
@@ -286,7 +319,7 @@ _MEMO_PUT = {"BINPUT", "LONG_BINPUT"}
 _MEMO_GET = {"BINGET", "LONG_BINGET"}
 _TO_MARK = {"TUPLE", "APPENDS", "SETITEMS"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_POPS = {"BUILD": 1, "APPEND": 1, "SETITEM": 2}
+_POPS = {"APPEND": 1, "SETITEM": 2}
 _CONSTANTS = set(
     "NONE NEWTRUE NEWFALSE EMPTY_TUPLE EMPTY_LIST EMPTY_DICT EMPTY_SET BININT BININT1 BININT2 "
     "BINFLOAT BINUNICODE SHORT_BINSTRING LONG1".split()

@@ -14,7 +14,6 @@ import os
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +22,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
-from s2d_compiler import allowance, architecture
+from s2d_compiler import allowance, architecture, archive
 from s2d_compiler._version import FILE_FORMAT
 from s2d_compiler.errors import ModelFileError
+from s2d_compiler.whole_model import UnsoundError, check_sound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,6 +80,8 @@ def read_model(
     if isinstance(found, nn.Module):
         if arch is not None:
             logger.warning("%s holds a whole model; --arch %s is not needed", name, arch)
+        if not trust:
+            _check_sound(name, found)
         _check_whole(name, found)
         return found
     if isinstance(content, Mapping) and content.get("format") == FILE_FORMAT:
@@ -171,27 +173,23 @@ def _guess(path: Path, start: bytes) -> str:
 
 
 def _zip_kind(path: Path, file: BufferedReader) -> str:
-    """Refuse archives that are no models, or that unpack to more than they weigh."""
+    """Refuse archives that are no models, that are damaged, or unpack to more than they weigh."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
+        names = archive.check_members(file)
+    except archive.ArchiveError as error:
+        _fail(path, f"{error}; it is damaged or made to do harm, copy it again", error)
     except Exception as error:
         _fail(path, f"the file is damaged or cut off ({error}); copy it again", error)
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    names = [entry.filename.partition("/")[2] for entry in entries]
     if any(name.startswith("code/") for name in names) or "constants.pkl" in names:
         _fail(
             path,
             "this is a TorchScript archive, whose code cannot be captured; load the original "
             "Python model and save its state dict, torch.save(model.state_dict(), ...)",
         )
-    if "archive_format" in names or any("exported_program" in e.filename for e in entries):
+    if "archive_format" in names or any("exported_program" in name for name in names):
         return "exported"
     if "data.pkl" not in names:
         _fail(path, "this is a zip archive, but none that torch.save wrote")
-    if sum(entry.file_size for entry in entries) > size:
-        _fail(path, "its parts claim to be larger than the file; it is damaged or made to do harm")
     return "saved"
 
 
@@ -204,7 +202,10 @@ def _read_zip(path: Path, file: BufferedReader) -> Any:
         listed = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         allowed = allowance.resolve(listed)
         file.seek(0)
-        allowance.check_calls(torch._C.PyTorchFileReader(file).get_record("data.pkl"), listed)
+        pickle_bytes = archive.open_as_torch_does(file).get_record("data.pkl")
+        allowance.check_calls(pickle_bytes, listed)
+    except archive.ArchiveError as error:
+        _fail(path, f"{error}; it is damaged or made to do harm, copy it again", error)
     except allowance.RefusedError as error:
         _fail(path, f"refused: {error}; {_REMEDY}", error)
     except Exception as error:
@@ -330,6 +331,16 @@ def _describe(content: object) -> str:
         keys = ", ".join(json.dumps(str(key)[:40]) for key in list(content)[:6])
         return f"a dictionary ({keys})" if keys else "an empty dictionary"
     return f"an object of type {type(content).__name__}"
+
+
+def _check_sound(name: str, model: nn.Module) -> None:
+    """Before any code of its classes runs."""
+    try:
+        check_sound(model)
+    except UnsoundError as error:
+        _fail(name, f"refused: {error}; {_REMEDY}", error)
+    except RecursionError as error:
+        _fail(name, "refused: it is nested too deeply; it is damaged or made to do harm", error)
 
 
 def _check_whole(name: str, model: nn.Module) -> None:
