@@ -60,7 +60,9 @@ def build(arch: str, arch_kwargs: Mapping[str, Any]) -> nn.Module:
             f"--arch {arch!r}: not of the form module:function, such as torchvision.models:resnet18"
         )
     if not all(isinstance(key, str) for key in arch_kwargs):
-        raise ModelFileError(f"--arch-kwargs {dict(arch_kwargs)}: the keys must be strings")
+        raise ModelFileError(
+            f"--arch-kwargs {dict(arch_kwargs)}: the keys must be strings, names of arguments; rename them"
+        )
     with importing_from_here(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The default weight initialization", FutureWarning)
         function = _find(arch, match["module"], match["name"])
@@ -90,8 +92,8 @@ def _find(arch: str, module_name: str, name: str) -> Any:
     for part in name.split("."):
         if not hasattr(found, part):
             near = difflib.get_close_matches(part, dir(found), n=3)
-            hint = f"; near it are {', '.join(near)}" if near else ""
-            raise ModelFileError(f"--arch {arch}: {path} has no {part!r}{hint}")
+            hint = f"near it are {', '.join(near)}" if near else "name a function that it has"
+            raise ModelFileError(f"--arch {arch}: {path} has no {part!r}; {hint}")
         found, path = getattr(found, part), f"{path}.{part}"
     if isinstance(found, nn.Module) or not callable(found):
         raise ModelFileError(
@@ -108,7 +110,7 @@ def _explain_import(module_name: str, error: BaseException) -> str:
             f"there is no module {missing!r}, neither installed nor in the current directory; "
             "install it, or run this from the folder that holds it"
         )
-    return f"importing {module_name} raised {_describe(error)}"
+    return f"importing {module_name} raised {_describe(error)}; correct that module"
 
 
 def _without_downloads(function: Any, arch_kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,6 +141,8 @@ def fill(model: nn.Module, state: Mapping[str, Any], path: str, arch: str) -> No
     expected = model.state_dict()
     found = _unwrap(state, expected)
     if problem := _compare(expected, found):
+        if "--arch-kwargs" not in problem:
+            problem += "; name the function that built it, and its arguments with --arch-kwargs"
         raise ModelFileError(f"{path} does not fit --arch {arch}: {problem}")
     for key in expected.keys() - found.keys():
         found[key] = expected[key]
@@ -147,7 +151,8 @@ def fill(model: nn.Module, state: Mapping[str, Any], path: str, arch: str) -> No
         model.load_state_dict(found)
     except Exception as error:
         raise ModelFileError(
-            f"{path} does not fit --arch {arch}: loading raised {_describe(error)}"
+            f"{path} does not fit --arch {arch}: loading raised {_describe(error)}; save the state "
+            "dict again"
         ) from error
 
 

@@ -87,7 +87,11 @@ def read_model(
     if isinstance(content, Mapping) and content.get("format") == FILE_FORMAT:
         _fail(path, f"this is a compiled network already; look at it with s2d show {path}")
     if found is None:
-        _fail(path, f"it holds {_describe(content)}, neither a network nor a state dict")
+        _fail(
+            path,
+            f"it holds {_describe(content)}, neither a network nor a state dict; save one of these "
+            "with torch.save",
+        )
     if arch is None:
         tensors = sum(isinstance(value, torch.Tensor) for value in found.values())
         count = f"{tensors} tensor" if tensors == 1 else f"{tensors} tensors"
@@ -124,7 +128,8 @@ def _open(path: Path) -> Iterator[BufferedReader]:
     except FileNotFoundError:
         _fail(path, "there is no such file; check the path")
     except (OSError, ValueError) as error:
-        _fail(path, f"cannot be read ({getattr(error, 'strerror', None) or error})", error)
+        reason = getattr(error, "strerror", None) or error
+        _fail(path, f"cannot be read ({reason}); check the path and your rights", error)
     with file:
         yield file
 
@@ -136,7 +141,7 @@ def _read_content(path: Path, file: BufferedReader, trust: bool) -> Any:
     start = file.read(512)
     file.seek(0)
     if not start:
-        _fail(path, "the file is empty")
+        _fail(path, "the file is empty; save or copy the model again")
     if path.suffix == ".safetensors" or start[8:10] == b'{"':
         return _read_safetensors(path)
     if start.startswith(b"PK"):
@@ -189,7 +194,7 @@ def _zip_kind(path: Path, file: BufferedReader) -> str:
     if "archive_format" in names or any("exported_program" in name for name in names):
         return "exported"
     if "data.pkl" not in names:
-        _fail(path, "this is a zip archive, but none that torch.save wrote")
+        _fail(path, "this is a zip archive, but none that torch.save wrote; name one that is")
     return "saved"
 
 
@@ -247,7 +252,12 @@ def _refuse_unreadable(path: Path, error: Exception) -> NoReturn:
             f"(pickle_protocol); save it again without, or {_REMEDY}",
             error,
         )
-    _fail(path, f"torch cannot read it ({_first_line(error)}); it is damaged or no model", error)
+    _fail(
+        path,
+        f"torch cannot read it ({_first_line(error)}); it is damaged or no model, copy or save it "
+        "again",
+        error,
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -264,7 +274,7 @@ def _read_trusted(path: Path, file: BufferedReader) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=False)
     except (Exception, SystemExit) as error:
-        hint = ""
+        hint = "; make that work, or save a state dict"
         if "__main__" in str(error):
             hint = (
                 "; its class was defined in the script that saved it: move the class to a module "
@@ -288,7 +298,12 @@ def _read_exported(path: Path, trust: bool) -> nn.Module:
             warnings.simplefilter("ignore")
             return torch.export.load(path).module()
     except Exception as error:
-        _fail(path, f"torch cannot load this exported program ({_first_line(error)})", error)
+        _fail(
+            path,
+            f"torch cannot load this exported program ({_first_line(error)}); copy it again, or "
+            f"export it with torch {torch.__version__}",
+            error,
+        )
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -297,7 +312,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except Exception as error:
-        _fail(path, f"damaged, or no safetensors file ({_first_line(error)})", error)
+        _fail(path, f"damaged, or no safetensors file ({_first_line(error)}); copy it again", error)
 
 
 # Where the network is in what was read
@@ -348,11 +363,10 @@ def _check_whole(name: str, model: nn.Module) -> None:
     try:
         state = model.state_dict()
         meta = [key for key, value in state.items() if getattr(value, "is_meta", False)]
-        broken = [key for key, child in model.named_modules() if not isinstance(child, nn.Module)]
         str((model.training, model))
     except Exception as error:
-        _fail(name, f"the model is damaged or incomplete ({_first_line(error)})", error)
-    if broken:
-        _fail(name, f"the model is damaged: {broken[0]} is no layer")
+        _fail(
+            name, f"the model is damaged or incomplete ({_first_line(error)}); save it again", error
+        )
     if meta:
         _fail(name, f"{meta[0]} has no numbers (it is on the meta device); save a filled model")

@@ -18,11 +18,12 @@ from tests.errors import (
     cases_format,
     cases_passes,
     cases_plan,
+    cases_reading,
 )
 from tests.errors.case import Case
 from tests.errors.sites import Site, all_sites, sites_of
 
-TABLES = (cases_plan, cases_capture, cases_passes, cases_format)
+TABLES = (cases_plan, cases_capture, cases_passes, cases_format, cases_reading)
 CASES: dict[str, Case] = {
     f"{table.__name__.rpartition('_')[2]}: {name}": case
     for table in TABLES

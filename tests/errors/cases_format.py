@@ -189,7 +189,7 @@ class Own:
     """A class of outputs that nobody registered."""
 
 
-Pair = namedtuple("Pair", ["a", "b"])  # noqa: PYI024
+Pair = namedtuple("Pair", ["a", "b"])
 
 
 class Registered:

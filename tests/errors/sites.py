@@ -20,9 +20,9 @@ CLASSES = {
     name
     for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, errors.S2DError)
-} | {"RefusedError", "ArchiveError"}  # their texts end up in errors of the package
-TELLERS = {"fail", "_fail", "damaged"}
-"""Functions that raise the text that they are given: their calls are the sites."""
+} | {"RefusedError", "ArchiveError", "UnsoundError"}  # their texts end up in errors of the package
+TELLERS = {"fail", "damaged", "_fail"}
+"""Functions that raise what they are given: their calls are the sites."""
 EXPLAINERS = {"_explain"}
 """Functions that return an error: ``raise _explain(...)`` is a site."""
 LEFT_OUT = (

@@ -1,0 +1,593 @@
+"""Model files: what they are, what is in them, and the functions that build networks."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import warnings
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from s2d_compiler import load
+from s2d_compiler.errors import FormatError, ModelFileError
+from s2d_compiler.reading import read_model
+from tests.errors.case import Case
+from tests.errors.cases_format import FOLDER
+
+REMEDY = "name the function that builds the network with --arch module:function; or pass --trust"
+RESNET = "torchvision.models:resnet18"
+
+
+def said(trigger: Callable[[Path], object], *parts: str) -> Case:
+    return Case(trigger, ModelFileError, *parts)
+
+
+def content(data: bytes, *parts: str, name: str = "model.pt", **given: Any) -> Case:
+    """A file of these bytes."""
+
+    def trigger(folder: Path) -> object:
+        Path(name).write_bytes(data)
+        return read_model(name, **given)
+
+    return said(trigger, *parts)
+
+
+def saved(make: Callable[[], object], *parts: str, legacy: bool = False, **given: Any) -> Case:
+    """What torch.save writes of something."""
+
+    def trigger(folder: Path) -> object:
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(20_000)
+        try:
+            torch.save(make(), "model.pt", _use_new_zipfile_serialization=not legacy)
+        finally:
+            sys.setrecursionlimit(limit)
+        return read_model("model.pt", **given)
+
+    return said(trigger, *parts)
+
+
+def zipped(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    written = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(written, "w", compression) as file:
+        warnings.simplefilter("ignore", UserWarning)  # a name twice
+        for name, data in entries.items():
+            file.writestr(name.rstrip("*"), data)
+    return written.getvalue()
+
+
+def pickled(data: bytes) -> bytes:
+    """What torch.save would write, with this pickle."""
+    others = {"archive/byteorder": b"little", "archive/version": b"3"}
+    return zipped({"archive/data.pkl": data, **others})
+
+
+def hand_written(data: bytes, value: str, rule: str, *more: str, **given: Any) -> Case:
+    return content(pickled(data), "model.pt: refused", value, rule, *(more or (REMEDY,)), **given)
+
+
+def unsound(change: Callable[[nn.Module], object], *parts: str) -> Case:
+    """A layer in whose insides something lies that does not belong there."""
+
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.ReLU())
+        change(model)
+        return model
+
+    return saved(make, "model.pt: refused", *parts, REMEDY)
+
+
+def held(name: Any, value: Any) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        model.__dict__[name] = value
+
+    return change
+
+
+def nested(depth: int) -> nn.Module:
+    model: nn.Module = nn.ReLU()
+    for _ in range(depth):
+        model = nn.Sequential(model)
+    return model
+
+
+def in_lists(depth: int) -> Any:
+    inner: Any = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
+def hidden(depth: int) -> nn.Module:
+    """Layers that lie in attributes of one another."""
+    model: nn.Module = nn.ReLU()
+    for _ in range(depth):
+        outer = nn.ReLU()
+        outer.__dict__["inner"] = [model]
+        model = outer
+    return model
+
+
+def with_attribute() -> OrderedDict[str, object]:
+    table: OrderedDict[str, object] = OrderedDict()
+    table.update = 5  # type: ignore[assignment, method-assign]
+    return table
+
+
+class Own(nn.Module):
+    """A class that is no torch's."""
+
+
+def architecture(arch: str, place: str, value: str, rule: str, remedy: str, **given: Any) -> Case:
+    def trigger(folder: Path) -> object:
+        source = "from torch import nn\ndef build(n=3): return nn.Linear(3, n)\nnumber = 5\n"
+        Path("net_of_errors.py").write_text(source + "def count(): return 5\n")
+        Path("breaks_in_errors.py").write_text("1 / 0\n")
+        torch.save(nn.Linear(3, 3).state_dict(), "model.pt")
+        try:
+            return read_model("model.pt", arch=arch, **given)
+        finally:
+            sys.modules.pop("net_of_errors", None)
+
+    return said(trigger, place, value, rule, remedy)
+
+
+def state(change: dict[str, object], place: str, value: str, rule: str, remedy: str) -> Case:
+    def trigger(folder: Path) -> object:
+        Path("net_of_errors.py").write_text(
+            "from torch import nn\ndef build(): return nn.Linear(3, 3)\n"
+        )
+        torch.save(nn.Linear(3, 3).state_dict() | change, "model.pt")
+        try:
+            return read_model("model.pt", arch="net_of_errors:build")
+        finally:
+            sys.modules.pop("net_of_errors", None)
+
+    return said(trigger, place, value, rule, remedy)
+
+
+def dyn(data: bytes, value: str, rule: str, remedy: str) -> Case:
+    """A dyn.pt of these bytes."""
+
+    def trigger(folder: Path) -> object:
+        Path("dyn.pt").write_bytes(data)
+        return load("dyn.pt")
+
+    return Case(trigger, FormatError, "dyn.pt", value, rule, remedy)
+
+
+def with_device(folder: Path) -> object:
+    os.mkfifo("model.pt")
+    return read_model("model.pt")
+
+
+def already_compiled(folder: Path) -> object:
+    Path("model.pt").write_bytes((FOLDER / "dyn-v1-original.pt").read_bytes())
+    return read_model("model.pt")
+
+
+def emptied() -> nn.Module:
+    model = nn.Linear(2, 2)
+    del model.__dict__["in_features"]
+    return model
+
+
+def exported(trust: bool, *parts: str) -> Case:
+    def trigger(folder: Path) -> object:
+        program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
+        torch.export.save(program, "model.pt2")
+        if trust:  # the archive stays one, its program does not
+            with zipfile.ZipFile("model.pt2") as file:
+                entries = {e.filename: file.read(e) for e in file.infolist()}
+            changed = {k: b"{}" if k.endswith(".json") else v for k, v in entries.items()}
+            Path("model.pt2").write_bytes(zipped(changed))
+        return read_model("model.pt2", trust=trust)
+
+    return said(trigger, *parts)
+
+
+RELU = b"ctorch.nn.modules.activation\nReLU\n"
+TENSORS = pickled(b"\x80\x02}.")
+
+CASES = {
+    # what kind of file
+    "no file": said(
+        lambda folder: read_model("model.pt"),
+        "model.pt",
+        "model.pt",
+        "there is no such file",
+        "check the path",
+    ),
+    "folder": said(
+        lambda folder: read_model("."), ".", ".", "this is a folder", "name the model's file"
+    ),
+    "pipe": said(
+        with_device, "model.pt", "model.pt", "this is a device or a pipe", "name a plain file"
+    ),
+    "no name": said(
+        lambda folder: read_model("a\0b"),
+        "a\0b",
+        "embedded null",
+        "cannot be read",
+        "check the path and your rights",
+    ),
+    "empty": content(b"", "model.pt", "the file", "is empty", "save or copy the model again"),
+    "other content": content(
+        b"GGUF123",
+        "model.pt",
+        "this is a GGUF file",
+        "a model is saved with",
+        "with torch.save or as .safetensors",
+    ),
+    "cut off": content(
+        TENSORS[:40], "model.pt", "not a zip file", "is damaged or cut off", "copy it again"
+    ),
+    "TorchScript": content(
+        zipped({"a/code/x.py": b""}),
+        "model.pt",
+        "this is a TorchScript archive",
+        "whose code cannot be captured",
+        "load the original Python model and save its state dict",
+    ),
+    "other archive": content(
+        zipped({"a/b": b""}),
+        "model.pt",
+        "this is a zip archive",
+        "but none that torch.save wrote",
+        "name one that is",
+    ),
+    "name twice": content(
+        zipped({"a/data.pkl": b"", "a/data.pkl*": b""}),
+        "model.pt",
+        "two of its parts",
+        "have one name",
+        "copy it again",
+    ),
+    "name outside": content(
+        zipped({"a/../data.pkl": b""}),
+        "model.pt",
+        "a part has a name",
+        "that leads out of it",
+        "copy it again",
+    ),
+    "larger than the file": content(
+        zipped({"a/data.pkl": bytes(1 << 20)}, zipfile.ZIP_DEFLATED),
+        "model.pt",
+        "its parts",
+        "claim to be larger than the file",
+        "copy it again",
+    ),
+    "two tables of contents": content(
+        TENSORS + TENSORS,
+        "model.pt",
+        "it has two tables of contents",
+        "that differ",
+        "copy it again",
+    ),
+    "exported": exported(
+        False,
+        "model.pt2",
+        "this is an exported program",
+        "loading one is not safe",
+        "pass --trust if you trust its origin",
+    ),
+    "exported and changed": exported(
+        True,
+        "model.pt2",
+        "Error",
+        "torch cannot load this exported program",
+        "copy it again, or export it with torch",
+    ),
+    "safetensors": content(
+        b"text",
+        "model.safetensors",
+        "Error",
+        "damaged, or no safetensors file",
+        "copy it again",
+        name="model.safetensors",
+    ),
+    # what is in it
+    "compiled already": said(
+        already_compiled,
+        "model.pt",
+        "this is a compiled network",
+        "already",
+        "look at it with s2d show model.pt",
+    ),
+    "a list": saved(
+        lambda: [1],
+        "model.pt",
+        "an object of type list",
+        "neither a network nor a state dict",
+        "save one of these with torch.save",
+    ),
+    "state dict alone": saved(
+        lambda: {"model": nn.Linear(2, 2).state_dict()},
+        'model.pt, under "model"',
+        "this is a state dict (2 tensors)",
+        "which has no architecture",
+        "name the function that builds it: --arch torchvision.models:resnet18",
+    ),
+    "own class": saved(
+        Own,
+        "model.pt: refused",
+        f"{Own.__module__}.Own",
+        "reading it would use",
+        REMEDY,
+    ),
+    "own class, old format": saved(
+        nn.ReLU,
+        "model.pt: refused",
+        "torch.nn.modules.activation.ReLU",
+        "reading it would use",
+        "a whole model in this old format can also be saved again by a newer torch",
+        legacy=True,
+    ),
+    "other protocol": content(
+        b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00\x00N.",
+        "model.pt: refused",
+        "its pickle has instructions",
+        "that torch.save does not write unless told to (pickle_protocol)",
+        "save it again without",
+    ),
+    "another pickle": content(
+        b"\x80\x02}.",
+        "model.pt",
+        "Error",
+        "torch cannot read it",
+        "copy or save it again",
+    ),
+    "trusted in vain": content(
+        pickled(b"\x80\x02cabsent_of_errors\nNet\n)\x81."),
+        "model.pt",
+        "ModuleNotFoundError: No module named 'absent_of_errors'",
+        "reading it raised",
+        "install that module, or run this from the folder that holds it",
+        trust=True,
+    ),
+    "without its content": saved(
+        emptied,
+        "model.pt",
+        "AttributeError",
+        "the model is damaged or incomplete",
+        "save it again",
+    ),
+    "meta": saved(
+        lambda: nn.Linear(2, 2, device="meta"),
+        "model.pt",
+        "weight",
+        "has no numbers (it is on the meta device)",
+        "save a filled model",
+    ),
+    # pickles
+    "absent class": hand_written(
+        b"\x80\x02ctorch.nn.modules.conv\nAbsent\n.",
+        "it holds torch.nn.modules.conv.Absent",
+        "does not have",
+    ),
+    "no layer": hand_written(
+        b"\x80\x02ctorchvision.models.resnet\nresnet18\n.",
+        "torchvision.models.resnet.resnet18",
+        "which is no class of a layer",
+    ),
+    "damaged pickle": hand_written(
+        b"\x80\x02" + RELU + b"R.", "pop from empty list", "its pickle is damaged"
+    ),
+    "tuple": hand_written(b"\x80\x02)\x86.", "a tuple lacks items", "its pickle is damaged"),
+    "called result": hand_written(
+        b"\x80\x02cfunctools\npartial\n" + RELU + b"\x85R)R.",
+        "its pickle calls something",
+        "that it computed itself",
+    ),
+    "called class": hand_written(
+        b"\x80\x02" + RELU + b")R.",
+        "its pickle calls torch.nn.modules.activation.ReLU",
+        "which saving a model never writes",
+    ),
+    "room for bytes": hand_written(
+        b"\x80\x02c__builtin__\nbytearray\nK\x05\x85R.",
+        "its pickle makes room for bytes",
+        "that it does not hold",
+    ),
+    "rebuilt tensor": hand_written(
+        b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n" + RELU + b"\x85R.",
+        "its pickle rebuilds a tensor",
+        "with something else than torch does",
+    ),
+    "instance of a result": hand_written(
+        b"\x80\x02" + RELU + b")\x81)\x81.",
+        "its pickle makes an instance of something",
+        "that it computed itself",
+    ),
+    "instance with arguments": hand_written(
+        b"\x80\x02" + RELU + b"K\x01\x85\x81.",
+        "its pickle makes a torch.nn.modules.activation.ReLU with arguments",
+        "which saving never writes",
+    ),
+    "filled twice": hand_written(
+        b"\x80\x02" + RELU + b")\x81}b}b.",
+        "its pickle fills something",
+        "that is no new instance of a layer",
+    ),
+    # pickles of data
+    "instruction": dyn(
+        pickled(b"\x80\x02}0}."),
+        "its pickle has the instruction POP",
+        "which torch.save does not write",
+        "save it again, with the default pickle protocol",
+    ),
+    "instruction of no data": dyn(
+        pickled(b"\x80\x02" + RELU + b")\x81."),
+        "reading it would use 'torch.nn.modules.activation.ReLU'",
+        "is not a dyn.pt, or is damaged",
+        "it may be a model, which s2d-compile dyn.pt",
+    ),
+    "a call in data": dyn(
+        pickled(b"\x80\x02ctorch\nFloatStorage\n)R."),
+        "its pickle calls something that builds no tensor",
+        "is not a dyn.pt, or is damaged",
+        "it may be a model, which s2d-compile dyn.pt",
+    ),
+    "a call with too little": dyn(
+        pickled(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R."),
+        "with other than 6 arguments",
+        "is not a dyn.pt, or is damaged",
+        "it may be a model, which s2d-compile dyn.pt",
+    ),
+    # insides of models
+    "layers in one another": saved(
+        lambda: nested(105),
+        "model.pt: refused",
+        "0.0.0.0",
+        "more than 100 layers lie in one another",
+        REMEDY,
+    ),
+    "no table": unsound(held("_buffers", 5), "the model", "it has no _buffers"),
+    "attributes of a table": unsound(
+        held("_buffers", with_attribute()), "its table _buffers", "has attributes"
+    ),
+    "name with a dot": unsound(
+        held("_modules", {"a.b": nn.ReLU()}), "_modules has the name 'a.b'", "which is none"
+    ),
+    "layer over a method": unsound(
+        held("_modules", {"forward": nn.ReLU()}), "forward", "hides what Sequential defines"
+    ),
+    "number for a layer": unsound(held("_modules", {"a": 5}), "a is", "is no layer"),
+    "tensor for a parameter": unsound(
+        held("_parameters", {"w": torch.zeros(1)}), "w is", "is no parameter"
+    ),
+    "number for a name": unsound(held(5, 5), "5: an attribute", "has a name that is no text"),
+    "hook": unsound(
+        held("_forward_hooks", OrderedDict({0: F.relu})),
+        "_forward_hooks: it holds a hook",
+        "which runs code",
+    ),
+    "attribute over a method": unsound(
+        held("forward", 5), "forward", "hides what Sequential defines under that name"
+    ),
+    "lists in one another": unsound(
+        held("a", in_lists(110)), "a: more than", "100 lists or dicts lie in one another"
+    ),
+    "storage": unsound(
+        held("a", torch.zeros(2).untyped_storage()), "a is a torch.storage", "which is no setting"
+    ),
+    "hidden layers": unsound(
+        held("a", [nested(40)]), "a.0.0.0", "layers lie in one another too deeply"
+    ),
+    "attribute of a setting": unsound(
+        held("a", Namespace(_get_kwargs=5)), "under '_get_kwargs'", "hides what its class defines"
+    ),
+    "inside itself": unsound(
+        lambda model: model._modules.update({"a": model}), "a Sequential", "lies inside itself"
+    ),
+    "endless": saved(
+        lambda: hidden(500),
+        "model.pt: refused",
+        "it is nested",
+        "too deeply",
+        "it is damaged or made to do harm",
+    ),
+    # the function that builds
+    "arguments alone": said(
+        lambda folder: read_model("model.pt", arch_kwargs={"n": 3}),
+        "--arch-kwargs",
+        "--arch-kwargs",
+        "are given without --arch",
+        "name the function they go to",
+    ),
+    "no function": architecture(
+        "resnet18",
+        "--arch 'resnet18'",
+        "resnet18",
+        "not of the form module:function",
+        "such as torchvision.models:resnet18",
+    ),
+    "keys": architecture(
+        RESNET,
+        "--arch-kwargs",
+        "{3: 3}",
+        "the keys must be strings",
+        "rename them",
+        arch_kwargs={3: 3},
+    ),
+    "refused arguments": architecture(
+        "net_of_errors:build",
+        "--arch net_of_errors:build",
+        "build(m=3)",
+        "raised TypeError",
+        "its arguments are given with --arch-kwargs",
+        arch_kwargs={"m": 3},
+    ),
+    "a number": architecture(
+        "net_of_errors:count",
+        "--arch net_of_errors:count",
+        "it returned a int",
+        "not a torch.nn.Module",
+        "name a function that builds the network and returns it",
+    ),
+    "no module": architecture(
+        "absent_of_errors:build",
+        "--arch absent_of_errors:build",
+        "'absent_of_errors'",
+        "there is no module",
+        "install it, or run this from the folder that holds it",
+    ),
+    "broken module": architecture(
+        "breaks_in_errors:build",
+        "--arch breaks_in_errors:build",
+        "ZeroDivisionError",
+        "importing breaks_in_errors raised",
+        "correct that module",
+    ),
+    "no such function": architecture(
+        "net_of_errors:buildd",
+        "--arch net_of_errors:buildd",
+        "'buildd'",
+        "net_of_errors has no",
+        "near it are build",
+    ),
+    "no such function, nothing near": architecture(
+        "net_of_errors:zzzz",
+        "--arch net_of_errors:zzzz",
+        "'zzzz'",
+        "net_of_errors has no",
+        "name a function that it has",
+    ),
+    "constant": architecture(
+        "net_of_errors:number",
+        "--arch net_of_errors:number",
+        "this is a int",
+        "not a function that builds a network",
+        "name a function or a class",
+    ),
+    "another state dict": state(
+        {"a": torch.zeros(1)},
+        "model.pt does not fit --arch net_of_errors:build",
+        "it has a",
+        "beyond the architecture",
+        "name the function that built it, and its arguments with --arch-kwargs",
+    ),
+    "other classes": state(
+        {"weight": torch.zeros(7, 3), "bias": torch.zeros(7)},
+        "model.pt does not fit --arch net_of_errors:build",
+        "weight is [7, 3]",
+        "where [3, 3] belongs",
+        "--arch-kwargs '{\"num_classes\": 7}'",
+    ),
+    "text for a tensor": state(
+        {"weight": "text"},
+        "model.pt does not fit --arch net_of_errors:build",
+        "RuntimeError",
+        "loading raised",
+        "save the state dict again",
+    ),
+}
