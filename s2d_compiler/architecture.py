@@ -61,7 +61,8 @@ def build(arch: str, arch_kwargs: Mapping[str, Any]) -> nn.Module:
         )
     if not all(isinstance(key, str) for key in arch_kwargs):
         raise ModelFileError(
-            f"--arch-kwargs {dict(arch_kwargs)}: the keys must be strings, names of arguments; rename them"
+            f"--arch-kwargs {dict(arch_kwargs)}: the keys must be strings, names of arguments; "
+            "rename them"
         )
     with importing_from_here(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The default weight initialization", FutureWarning)

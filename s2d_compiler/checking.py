@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +17,10 @@ from s2d_compiler.compiler import Steps, compile_program
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import CheckError
 from s2d_compiler.masked import masked_outputs, static_outputs
+from s2d_compiler.memory import explained
 from s2d_compiler.program import Program
 from s2d_compiler.thin import originals
+from s2d_compiler.threads import one_thread
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,10 @@ class Proof:
         )
 
 
+@explained(
+    "the self-check, which runs the network in double precision,",
+    "skip it (--no-check), or give a smaller input shape (--input-shape)",
+)
 def check(
     dyn: DynamicModel,
     assignment: StageAssignment,
@@ -84,9 +89,10 @@ def check(
 
     Raises:
         CheckError: Any of this differs.
+        OutOfMemoryError: There is too little memory for it.
     """
     tensors = check_weights(dyn, assignment.program)
-    with _few_threads(dyn.cost.original_macs * batch):
+    with one_thread(when=dyn.cost.original_macs * batch <= _SMALL):
         proof = _attempts(dyn, assignment, seed, batch, steps)
     proof = replace(proof, tensors=tensors)
     for stage, error in enumerate(proof.errors, start=1):
@@ -115,18 +121,6 @@ def _attempts(
 
 #: MACs up to which one thread is faster than many: small operators wait for each other.
 _SMALL = 2_000_000_000
-
-
-@contextlib.contextmanager
-def _few_threads(macs: int) -> Iterator[None]:
-    """One thread for small networks, whose many small operators would wait for each other."""
-    before = torch.get_num_threads()
-    if macs <= _SMALL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check_weights(dyn: DynamicModel, program: Program) -> int:

@@ -5,8 +5,10 @@ turns errors into a sentence and an exit status:
 
 - 0: done.
 - 1: a defect of s2d-compiler.
-- 2: a mistake in what was handed in (an `S2DError`, or an option that does not exist).
-- 130: interrupted. 141: whoever read the output stopped reading.
+- 2: a mistake in what was handed in (an `S2DError`, or an option that does not exist), or too
+  little memory or disk for it.
+- 130: interrupted. 143: terminated (SIGTERM). 129: the terminal is gone (SIGHUP). 141: whoever
+  read the output stopped reading.
 
 Errors and warnings go to stderr. With ``--json`` stdout holds one JSON document whatever
 happens: the result, or ``{"error": {"type": ..., "message": ...}}``.
@@ -33,6 +35,7 @@ from rich.measure import Measurement
 
 from s2d_compiler._version import __version__
 from s2d_compiler.errors import OutputError, S2DError, UsageError
+from s2d_compiler.interrupts import Terminated, heed, terminable
 from s2d_compiler.output import check_writable
 from s2d_compiler.plan import Plan
 from s2d_compiler.plan_rules import read_input_shape
@@ -205,6 +208,7 @@ def compile_model(
     program = _capture(source.read(model), plan.input_shape)
     between = _print_pass if print_passes and not reporting.quiet else None
     dyn, proof = _compile(program, plan, made_by, between, None if no_check else seed)
+    heed()
     dyn.save(output)
     document = {"output": str(output), **_document(dyn), "proof": _proof_document(proof)}
     written = f"written: {output}{_permissions(dyn)}"
@@ -362,6 +366,7 @@ def inspect(
     text: list[RenderableType] = [space.layer_table()] if layers else []
     text += [space.table(), space.remarks()]
     if write_plan is not None:
+        heed()
         space.starter_plan().save(write_plan)
         text.append(
             f"\nwritten: {write_plan}\nNext: edit it, then s2d-compile {shlex.quote(str(model))} "
@@ -475,7 +480,7 @@ def _run(program: str, app: App, argv: Sequence[str] | None) -> int:
         reporting = bound.arguments.get("reporting", _REPORTING)
         if "command_line" in injected:
             bound.arguments["command_line"] = shlex.join([program, *words])
-        with _logging(reporting):
+        with terminable(), _logging(reporting), _explaining_memory(program):
             result = call(*bound.args, **bound.kwargs)
         if isinstance(result, Result):
             _show(result, reporting)
@@ -486,6 +491,9 @@ def _run(program: str, app: App, argv: Sequence[str] | None) -> int:
         )
     except S2DError as error:
         return _fail(program, error, reporting)
+    except Terminated as error:
+        _say(sys.stderr, f"{program}: terminated")
+        return 128 + error.signal
     except KeyboardInterrupt:
         _say(sys.stderr, f"{program}: interrupted")
         return 130
@@ -495,6 +503,15 @@ def _run(program: str, app: App, argv: Sequence[str] | None) -> int:
     except Exception as error:
         return _fail_by_defect(program, error, reporting)
     return 0
+
+
+@contextmanager
+def _explaining_memory(program: str) -> Iterator[None]:
+    """For what no step of the command explains better."""
+    from s2d_compiler.memory import explained
+
+    with explained(program, "close other programs"):
+        yield
 
 
 def _show(result: Result, reporting: Reporting) -> None:

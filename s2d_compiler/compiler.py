@@ -22,6 +22,7 @@ from s2d_compiler.analysis.channels import analyse_channels
 from s2d_compiler.analysis.cost import cost_of
 from s2d_compiler.attributes import find
 from s2d_compiler.dynamic import DynamicModel, DynamicParts, interfaces_of
+from s2d_compiler.memory import explained
 from s2d_compiler.plan import Plan
 from s2d_compiler.program import Program
 from s2d_compiler.provenance import Slice
@@ -82,6 +83,7 @@ def transform(
         PlanError: The plan does not fit the model.
         InputShapeError, CaptureError: The model cannot be captured.
         UsageError: There is no such submodule.
+        OutOfMemoryError: Either takes more memory than there is.
     """
     if not isinstance(plan, Plan):
         plan = Plan.from_dict(plan)
@@ -92,6 +94,7 @@ def transform(
     return compile_program(program, plan, pipeline=pipeline, between=between, made_by=made_by)
 
 
+@explained("building the stages", "compile a part of the model (--submodule)")
 def compile_program(
     program: Program,
     plan: Plan,
@@ -101,7 +104,11 @@ def compile_program(
     made_by: Mapping[str, Any] | None = None,
     assignment: StageAssignment | None = None,
 ) -> DynamicModel:
-    """Like ``transform``, from a program that was captured before."""
+    """Like ``transform``, from a program that was captured before.
+
+    Raises:
+        OutOfMemoryError: The stages do not fit in memory beside the original.
+    """
     if assignment is None:
         assignment = assign(program, analyse_channels(program), plan)
     steps = default_pipeline(assignment)

@@ -68,6 +68,10 @@ class DynamicParts:
     made_by: Mapping[str, Any]
     input_spec: Any = None
 
+    def __deepcopy__(self, memo: object) -> DynamicParts:
+        """Nothing in it changes, so that copies of a network share it."""
+        return self
+
     def flat_inputs(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Any, ...]:
         """The input tensors in the order of the program, checked.
 

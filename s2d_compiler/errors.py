@@ -88,6 +88,15 @@ class OutputError(S2DError):
     """
 
 
+class OutOfMemoryError(S2DError):
+    """There is not as much memory as a step takes; the message says which step, and how much.
+
+    Compile for a smaller input shape, leave out the self-check (``--no-check``), which holds the
+    network in double precision beside the original, or use a computer with more free memory.
+    Nothing is written, and an existing output stays as it was.
+    """
+
+
 class UsageError(S2DError):
     """Options contradict each other or what they are about, such as a submodule that is none.
 

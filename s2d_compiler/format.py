@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import FormatError, S2DError
 from s2d_compiler.fields import require_plain, shown
 from s2d_compiler.graph_codec import encode_graph
+from s2d_compiler.memory import explained
 from s2d_compiler.module_codec import encode_module
 from s2d_compiler.operator_names import needed_permission
 from s2d_compiler.output import atomic_write
@@ -57,9 +60,26 @@ def save(dyn: DynamicModel, path: str | os.PathLike[str]) -> None:
     Raises:
         FormatError: It holds something that a file cannot (code, foreign modules).
         OutputError: The file cannot be written.
+        OutOfMemoryError: Its tensors cannot be gathered for it.
     """
-    data = to_data(dyn)
-    atomic_write(path, lambda stream: torch.save(data, stream))
+    with explained(f"writing {os.fspath(path)}", "move the network to the CPU first"):
+        data = _without_identity(to_data(dyn))
+        atomic_write(path, lambda stream: torch.save(data, stream))
+
+
+def _without_identity(value: Any) -> Any:
+    """Plain data in which equal texts are one object, and no other containers are shared.
+
+    Pickle writes a second reference to an object otherwise than a second object that is equal, so
+    that equal data could give different files.
+    """
+    if type(value) is str:
+        return sys.intern(value)
+    if type(value) is dict:
+        return {_without_identity(k): _without_identity(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_without_identity(item) for item in value)
+    return value
 
 
 def permissions(dyn: DynamicModel) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -204,6 +224,7 @@ def load(
 
     Raises:
         FormatError: The file is damaged, newer, something else, or uses what is not allowed.
+        OutOfMemoryError: It does not fit in memory.
     """
     if isinstance(operators, str) or not all(_is_operator_name(name) for name in operators):
         raise FormatError(
@@ -211,12 +232,18 @@ def load(
             'as ["mylib::myop"].'
         )
     allowed = Allowed(frozenset(operators), types_by_name(types))
-    return from_data(_read(path), os.fspath(path), allowed, map_location)
+    with _reading(path):
+        return from_data(_read(path), os.fspath(path), allowed, map_location)
 
 
 def load_to_show(path: str | os.PathLike[str]) -> DynamicModel:
     """Read a staged network to look at it; what ``load`` would want allowed cannot be run."""
-    return from_data(_read(path), os.fspath(path), Allowed(None, None))
+    with _reading(path):
+        return from_data(_read(path), os.fspath(path), Allowed(None, None))
+
+
+def _reading(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
+    return explained(f"reading {os.fspath(path)}", "check that the file is the one you mean")
 
 
 def _is_operator_name(name: Any) -> bool:

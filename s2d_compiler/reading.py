@@ -25,6 +25,7 @@ from torch import nn
 from s2d_compiler import allowance, architecture, archive
 from s2d_compiler._version import FILE_FORMAT
 from s2d_compiler.errors import ModelFileError
+from s2d_compiler.memory import explained
 from s2d_compiler.whole_model import UnsoundError, check_sound
 
 if TYPE_CHECKING:
@@ -69,10 +70,17 @@ def read_model(
 
     Raises:
         ModelFileError: saying why the file cannot be read, or is refused, and what to do.
+        OutOfMemoryError: it does not fit in memory.
     """
+    with explained(f"reading {path}", "close other programs"):
+        return _read_model(Path(path), arch, arch_kwargs, trust)
+
+
+def _read_model(
+    path: Path, arch: str | None, arch_kwargs: Mapping[str, Any] | None, trust: bool
+) -> nn.Module:
     if arch is None and arch_kwargs:
         raise ModelFileError("--arch-kwargs are given without --arch; name the function they go to")
-    path = Path(path)
     with _open(path) as file:
         content = _read_content(path, file, trust)
     found, where = _find_network(content)

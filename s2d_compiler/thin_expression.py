@@ -20,6 +20,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from s2d_compiler.computed import INDEX, ComputedLayer, Expression, Step, Value, weight_shape
+from s2d_compiler.memory import let_through
 
 aten = torch.ops.aten
 Numbers = torch.Tensor
@@ -385,7 +386,8 @@ class _Slicer:
         args, kwargs = _with_first(step, held)
         try:
             moved = step.target(*args, **kwargs)
-        except (RuntimeError, IndexError):
+        except (RuntimeError, IndexError) as error:
+            let_through(error)
             moved = held
         if moved.shape == source.shape and torch.equal(moved, source):
             self.steps.append(step)
@@ -458,7 +460,8 @@ class _Slicer:
                 mine = mine.reshape(1, -1, *[1] * (held.dim() - 2))
             try:
                 same = torch.equal(mine.expand(held.shape), ids.reshape(-1)[held])
-            except RuntimeError:
+            except RuntimeError as error:
+                let_through(error)
                 same = False
             if not same:
                 raise NotSliceable("its operands are sliced in different orders")

@@ -23,6 +23,8 @@ from s2d_compiler.attributes import find, put, read
 from s2d_compiler.canonicalize import canonicalize, products_to_layers
 from s2d_compiler.errors import CaptureError, InputShapeError
 from s2d_compiler.functionalize import functionalize, pieces_to_slices
+from s2d_compiler.interrupts import heed
+from s2d_compiler.memory import explained, let_through
 from s2d_compiler.program import Dropped, Program, safe_name
 from s2d_compiler.raising import Raiser
 from s2d_compiler.regions import inline_regions
@@ -42,6 +44,7 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
+@explained("capturing the model", "give a smaller input shape (--input-shape)")
 def capture(
     model: nn.Module,
     example_inputs: Sequence[Any] | None = None,
@@ -62,6 +65,7 @@ def capture(
     Raises:
         InputShapeError: The model does not run on inputs of this shape.
         CaptureError: ``torch.export`` cannot make one graph of it.
+        OutOfMemoryError: The model does not fit in memory with inputs of this shape.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(
@@ -209,12 +213,15 @@ def _export(
         _require_every_batch(exported)
         return exported, None
     except Exception as error:
+        let_through(error)
+        heed()
         first = error
     given = next((each for each in own_batches if _failure(model, each) is None), own_batches[0])
     _require_runs(model, given)
     try:
         fixed = _run_export(model, _copies(given), None)
     except Exception as second:
+        let_through(second)
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}: {_first_line(second)}"
             f"{_where(second)}. Values of tensors must not decide what runs; remove that from "
@@ -279,6 +286,7 @@ def _failure(model: nn.Module, call: Call) -> Exception | None:
             copies = _copies(call)
             model(*copies.args, **copies.kwargs)
     except Exception as error:
+        let_through(error)
         return error
     finally:
         for buffer, value in kept:

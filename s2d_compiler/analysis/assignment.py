@@ -17,6 +17,7 @@ from s2d_compiler.computed import weight_of
 from s2d_compiler.errors import PlanError
 from s2d_compiler.plan import Plan
 from s2d_compiler.program import Program
+from s2d_compiler.threads import one_thread
 
 Owners = npt.NDArray[np.int64]
 
@@ -142,18 +143,27 @@ _AT_ONCE = 1 << 18
 
 
 def row_weights(program: Program, layer: str) -> npt.NDArray[np.float64]:
-    """Sum of absolute weights of every output channel of a layer."""
+    """Sum of absolute weights of every output channel of a layer.
+
+    The same for any number of threads: another order of additions might order channels otherwise.
+    """
     module: Any = program.graph_module.get_submodule(layer)
-    weight = weight_of(module).detach()
+    with one_thread():  # a computed weight
+        weight = weight_of(module).detach()
     if not getattr(module, "transposed", False):
         rows = weight.flatten(1)
         step = max(1, _AT_ONCE // max(1, rows.shape[1]))
-        sums = [r.abs().double().sum(1).cpu() for r in torch.split(rows, step)]
-        return np.asarray(torch.cat(sums))
-    weight = weight.double().abs().cpu()
+        return np.concatenate([_row_sums(part) for part in torch.split(rows, step)])
     groups = int(module.groups)
     by_group = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
-    return np.asarray(by_group.flatten(2).sum(2).flatten())
+    return _row_sums(by_group.flatten(0, 1).flatten(1))
+
+
+def _row_sums(rows: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Sums of absolute numbers (R, N) over N, by numpy, which adds in one order."""
+    numbers = rows.abs().double().cpu().contiguous().numpy()
+    sums: npt.NDArray[np.float64] = numbers.sum(axis=1)
+    return sums
 
 
 def _require_every_stage(owners: Owners, plan: Plan, channels: ChannelAnalysis) -> None:

@@ -19,6 +19,7 @@ from s2d_compiler.analysis.labels import NOBODY, VERSIONED, Labels, Ties, has_at
 from s2d_compiler.analysis.layer_graph import last_layers, layer_graph
 from s2d_compiler.analysis.resolutions import as_pixels, position_count, resolution
 from s2d_compiler.computed import weight_shape
+from s2d_compiler.memory import explained
 from s2d_compiler.program import Layer, Program, is_read_number, is_scalar, path_of, shape_of
 from s2d_compiler.rules import UNKNOWN, NoRule, OperatorRule, find_rule, rule_key
 from s2d_compiler.rules.elementwise import ELEMENTWISE
@@ -196,6 +197,7 @@ def constant_value(program: Program, node: fx.Node) -> torch.Tensor | None:
     return result if isinstance(result, torch.Tensor) else None
 
 
+@explained("following the model's channels", "give a smaller input shape (--input-shape)")
 def analyse_channels(program: Program) -> ChannelAnalysis:
     """Propagate labels through the program and group atoms into families."""
     trial = _propagate(program, frozenset())

@@ -16,6 +16,7 @@ from torch import fx
 
 from s2d_compiler.analysis.labels import NOBODY, VERSIONED, ZERO, Labels, compress, expand, uniform
 from s2d_compiler.layout import Layout, layout, packing, take
+from s2d_compiler.memory import let_through
 from s2d_compiler.program import batch_dimensions, concrete, is_scalar, shape_of, tensor_value
 from s2d_compiler.rules.base import NoRule, OperatorRule, register
 from s2d_compiler.rules.channelwise import operand_of
@@ -78,6 +79,7 @@ class Movement(OperatorRule):
             sample = sample_of(node, source, labels.shape)
             moved = compress(move(node, expand(labels, sample.shape), context.constant, sample))
         except (RuntimeError, IndexError, ValueError) as error:
+            let_through(error)
             raise NoRule(f"it cannot be followed: {str(error).splitlines()[0]}") from error
         for d in batch_dimensions(node):
             if moved.shape[d] > 1:
@@ -147,7 +149,8 @@ class Movement(OperatorRule):
         """Whether the operator, as it is, does to the part what it does to the whole."""
         try:
             result = move(node, held, builder.constant, sample)
-        except (RuntimeError, IndexError, ValueError):
+        except (RuntimeError, IndexError, ValueError) as error:
+            let_through(error)
             return False
         return result.shape == wanted.shape and torch.equal(result, wanted)
 
