@@ -401,7 +401,7 @@ def show(
     staged = load_to_show(dyn)
     count = len(staged.stages)
     if graph is not None and not 1 <= graph <= count:
-        raise UsageError(f"--graph: {graph} is no stage; {dyn} has stages 1 to {count}")
+        raise UsageError(f"--graph: {graph} is no stage; {dyn} has stages 1 to {count}, give one")
     document = _document(staged)
     text: list[RenderableType] = [staged.cost.table(), f"plan: {staged.plan}"]
     text.append("\n".join(_made_by_lines(staged.parts.made_by)))
@@ -568,7 +568,10 @@ def _say(stream: Any, *parts: RenderableType) -> None:
         raise
     except OSError as error:
         _abandon_stdout()
-        raise OutputError(f"the output cannot be printed ({error.strerror or error})") from error
+        raise OutputError(
+            f"the output cannot be printed ({error.strerror or error}); send it elsewhere, or to a "
+            "file with room"
+        ) from error
 
 
 def _rendered(console: Console, parts: Sequence[RenderableType]) -> str:

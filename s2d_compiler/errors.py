@@ -2,7 +2,8 @@
 
 A message names, in one or two sentences, the place, the value found, the rule
 that it breaks and the remedy. The docstring of each class is its reference:
-when it is raised, an example, and what to do.
+when it is raised, an example, and what to do. ``docs/errors.md`` is made of
+them (``python -m docs.errors_page``).
 """
 
 from __future__ import annotations
@@ -12,57 +13,96 @@ class S2DError(Exception):
     """Base of every error that s2d-compiler raises on purpose.
 
     Catching it separates a mistake in what was handed in (a plan, a model, a
-    file) from a defect of the compiler, which raises anything else.
+    file) from a defect of the compiler, which raises anything else. The
+    commands print its message as one line and end with status 2; a defect is
+    printed as such and ends with status 1.
     """
 
 
 class PlanError(S2DError):
     """A plan is malformed, contradicts itself, or does not fit the model.
 
-    Example: ``plan.json: default.split: 9 is not below groups (8); cut points
-    count channel groups from 1 to 7``. Edit the plan; ``s2d inspect MODEL
-    --write-plan FILE`` writes one that fits.
+    The message begins with the plan's file and the place in it.
+
+    Example:
+        spec.json: default.split: 8 is not below groups (8); cut points lie between 1 and 7
+
+    What to do:
+        Edit the plan. ``s2d inspect MODEL --write-plan FILE`` writes one that fits, and an
+        editor checks plans with ``plan.schema.json`` (``python -m s2d_compiler.plan_schema``
+        says where it is).
     """
 
 
 class ModelFileError(S2DError):
     """A model file cannot be read, or is refused because reading it runs code.
 
-    Save a state dict and name the architecture with ``--arch``, or pass
-    ``--trust`` for a file whose origin you trust.
+    Example:
+        model.pt, under "model": this is a state dict (2 tensors), which has no architecture; name
+        the function that builds it: --arch torchvision.models:resnet18 or --arch
+        mypackage.net:build
+
+    What to do:
+        Save a state dict and name the architecture with ``--arch``, or pass ``--trust`` for a
+        file whose origin you trust.
     """
 
 
 class CaptureError(S2DError):
     """``torch.export`` cannot turn the model into one graph.
 
-    The message names the line of the model's source that stops it. Remove the
-    data-dependent control flow there, or transform the part of the model that
-    has none.
+    The message names the line of the model's source that stops it.
+
+    Example:
+        the model turns autocast on inside itself (cpu, torch.bfloat16), which a captured graph
+        cannot keep. Take the autocast region out of the model's forward, and run the whole
+        network under autocast instead.
+
+    What to do:
+        Remove the data-dependent control flow at that line, or transform the part of the model
+        that has none (``--submodule``).
     """
 
 
 class InputShapeError(S2DError):
-    """The input shape is unknown, or the model does not accept it.
+    """The input shape is unknown, the model does not accept it, or a compiled network gets another.
 
-    Give ``example_inputs``, or ``input_shape`` in the plan, channels first
-    and without the batch: ``[3, 224, 224]``.
+    Example:
+        input of shape (2, 3, 8, 7): the network was compiled for (N, 3, 8, 8); resize the input,
+        or compile again with "input_shape" in the plan.
+
+    What to do:
+        Give ``example_inputs``, or ``input_shape`` in the plan, channels first and without the
+        batch: ``[3, 224, 224]``. Give a compiled network inputs of the shape that it was
+        compiled for.
     """
 
 
 class PassError(S2DError):
     """A pass was given a graph that it cannot rewrite, or left a broken one.
 
-    Raised by a pass's own conditions and by the graph verifier that runs
-    between passes; it points at a wrong order of passes or a defect in one.
+    Raised by a pass's own conditions, by the graph verifier that runs between passes, and by
+    what rules read with. Its last line (a note) says which pass was running.
+
+    Example:
+        add-exits needs a graph that is split, this one is empty; run it after split-channels
+
+    What to do:
+        Look at the order of the passes, and at the pass or rule that you added. Without any of
+        your own it is a defect of the compiler: please report the model and the plan.
     """
 
 
 class CheckError(S2DError):
     """The self-check found that the result is not what the plan says.
 
-    This is a defect of the compiler, never of the model: nothing is written.
-    Please report the model and the plan.
+    Example:
+        stage 1 is built differently the second time, and both graphs must be equal: it was
+        changed, or this is a defect of the compiler; please report the model and the plan.
+
+    What to do:
+        Nothing is written. Unless the network was changed after it was compiled, this is a
+        defect of the compiler, never of the model: please report the model and the plan.
     """
 
 
@@ -77,28 +117,51 @@ class VerifyError(S2DError):
 class FormatError(S2DError):
     """A ``dyn.pt`` file is damaged, of a newer format, or is no such file.
 
-    Compile the model again, or upgrade the package if the file is newer.
+    Also raised where a network holds what a file cannot: code, or modules of other classes. A
+    damaged file is refused with the place in it.
+
+    Example:
+        dyn.pt: its format has version 2, and this package reads versions up to 1; upgrade
+        s2d-compiler.
+
+    What to do:
+        Compile the model again, or upgrade the package if the file is newer. Allow operators and
+        classes that you trust by name: ``load(path, operators=[...], types=[...])``.
     """
 
 
 class OutputError(S2DError):
     """An output file cannot be written.
 
-    Nothing is left behind: output files appear whole or not at all.
+    Example:
+        out.pt cannot be written: the disk is full; free some space or choose another disk
+
+    What to do:
+        Choose a place that can be written to. Nothing is left behind: output files appear whole
+        or not at all.
     """
 
 
 class OutOfMemoryError(S2DError):
     """There is not as much memory as a step takes; the message says which step, and how much.
 
-    Compile for a smaller input shape, leave out the self-check (``--no-check``), which holds the
-    network in double precision beside the original, or use a computer with more free memory.
-    Nothing is written, and an existing output stays as it was.
+    Example:
+        reading dyn.pt takes more memory than there is free (4.00 GiB, 4,294,967,296 bytes, asked
+        for at once); check that the file is the one you mean, or use a computer with more memory.
+
+    What to do:
+        Compile for a smaller input shape, leave out the self-check (``--no-check``), which holds
+        the network in double precision beside the original, or use a computer with more free
+        memory. Nothing is written, and an existing output stays as it was.
     """
 
 
 class UsageError(S2DError):
     """Options contradict each other or what they are about, such as a submodule that is none.
 
-    ``s2d COMMAND --help`` lists what a command takes.
+    Example:
+        --graph: 9 is no stage; dyn.pt has stages 1 to 3, give one
+
+    What to do:
+        ``s2d COMMAND --help`` lists what a command takes.
     """

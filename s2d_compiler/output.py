@@ -99,9 +99,11 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:
         raise _explain(path, error) from error
     if stat.S_ISDIR(mode):
-        raise OutputError(f"{path} is a folder; name a file in it")
+        raise OutputError(f"{path} is a folder, and a file is to be written; name a file in it")
     if not stat.S_ISREG(mode):
-        raise OutputError(f"{path} is a device or a pipe; only plain files are written whole")
+        raise OutputError(
+            f"{path} is a device or a pipe; only plain files are written whole, name one"
+        )
     if not os.access(target, os.W_OK):
         raise _explain(path, PermissionError(errno.EACCES, "write-protected"))
     return target
@@ -331,5 +333,5 @@ _REASONS = {
 def _explain(path: str | os.PathLike[str], error: OSError | ValueError) -> OutputError:
     if isinstance(error, ValueError):
         return OutputError(f"{path!r} is no file name ({error}); name a file")
-    reason = _REASONS.get(error.errno or 0)
-    return OutputError(f"{path} cannot be written: {reason or error.strerror or error}")
+    reason = _REASONS.get(error.errno or 0) or f"{error.strerror or error}; choose another place"
+    return OutputError(f"{path} cannot be written: {reason}")

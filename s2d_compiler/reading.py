@@ -159,7 +159,10 @@ def _read_content(path: Path, file: BufferedReader, trust: bool) -> Any:
         return _read_trusted(path, file) if trust else _read_zip(path, file)
     if start.startswith(b"\x80") and path.suffix != ".onnx":
         return _read_trusted(path, file) if trust else _read_legacy(path, file)
-    _fail(path, f"{_guess(path, start)}; a model is saved with torch.save or as .safetensors")
+    _fail(
+        path,
+        f"{_guess(path, start)}; a model is saved with torch.save or as .safetensors: name one",
+    )
 
 
 _SIGNATURES = (

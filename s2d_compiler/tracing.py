@@ -143,7 +143,7 @@ def _given(
     """The example call, keywords in the order of the signature; None without examples."""
     if isinstance(example_inputs, torch.Tensor):
         raise InputShapeError(
-            "example_inputs is a tensor; give a tuple of the model's positional inputs, (x,)."
+            "example_inputs is a tensor, and a model may have several inputs; give a tuple, (x,)."
         )
     if example_inputs is None and not example_kwargs:
         return None

@@ -44,7 +44,8 @@ def _verify_causality(node: fx.Node) -> None:
         if operand.meta.get("stage", 0) > max(node.meta["stage"], 1):
             raise PassError(
                 f"node {node.name!r} of stage {node.meta['stage']} reads {operand.name!r} of "
-                f"stage {operand.meta['stage']}; a stage reads itself and earlier ones only"
+                f"stage {operand.meta['stage']}; a stage reads itself and earlier ones only: "
+                "change its meta['stage'], or what it reads"
             )
     return None
 
@@ -60,7 +61,7 @@ def _verify_exits(output: fx.Node) -> None:
             if isinstance(leaf, fx.Node) and leaf.meta.get("stage", 0) > stage:
                 raise PassError(
                     f"the exit of stage {stage} is {leaf.name!r} of stage {leaf.meta['stage']}; "
-                    "an exit reads its own stage and earlier ones only"
+                    "an exit reads its own stage and earlier ones only: give the output another"
                 )
 
 

@@ -626,4 +626,7 @@ def test_output_that_cannot_be_printed_is_an_error(folder: Path):
     with open("/dev/full", "wb") as full:
         done = process("main", "inspect", "model.pt", "--input-shape", "3x8x8", stdout=full)
     assert done.returncode == 2
-    assert done.stderr == b"s2d: the output cannot be printed (No space left on device)\n"
+    assert done.stderr == (
+        b"s2d: the output cannot be printed (No space left on device); send it elsewhere, or to a "
+        b"file with room\n"
+    )

@@ -15,15 +15,31 @@ import pytest
 
 from tests.errors import (
     cases_capture,
+    cases_commands,
     cases_format,
     cases_passes,
     cases_plan,
     cases_reading,
 )
 from tests.errors.case import Case
-from tests.errors.sites import Site, all_sites, sites_of
+from tests.errors.sites import (
+    CLASSES,
+    EXPLAINERS,
+    Site,
+    all_sites,
+    raised_names,
+    sites_in,
+    sites_of,
+)
 
-TABLES = (cases_plan, cases_capture, cases_passes, cases_format, cases_reading)
+TABLES = (
+    cases_plan,
+    cases_capture,
+    cases_passes,
+    cases_format,
+    cases_reading,
+    cases_commands,
+)
 CASES: dict[str, Case] = {
     f"{table.__name__.rpartition('_')[2]}: {name}": case
     for table in TABLES
@@ -56,10 +72,48 @@ def test_a_message_has_its_four_parts(name: str) -> None:
     for part, text in case.parts(folder).items():
         assert text, part
         assert text in said, f"{part}: {text!r} is not in {said!r}"
+    parts = case.parts(folder)
+    assert parts["remedy"] not in parts["rule"] + parts["value"]
+    assert said.replace(parts["remedy"], "").count(parts["rule"]), "rule and remedy are one"
     assert said == said.strip()
     assert "\n" not in said
     assert len(said) < 900
     assert sites, "it comes from no place that sites.py knows"
+
+
+def test_places_are_found_in_source() -> None:
+    """Each way in which an error is made, and what is none."""
+    source = """
+def one(): raise PlanError("raised")
+def two(): fail("place", "told")
+def three(): raise _explain(path, error) from error
+def four(): return show(UsageError("handed over"))
+def fail(place, problem): raise PlanError(f"{place}: {problem}")
+def _explain(path, error): return OutputError("explained")
+def five(): raise NoRule("none of the package's")
+def six():
+    try: pass
+    except PlanError: raise
+"""
+    found = {site.function: site.text for site in sites_in(source, "s2d_compiler/x.py")}
+    assert found == {
+        "one": "raise PlanError('raised')",
+        "two": "fail('place', 'told')",
+        "three": "raise _explain(path, error) from error",
+        "four": "show(UsageError('handed over'))",
+    }
+
+
+# Raised for the package itself and never shown as they are: how rules decline, control flow,
+# what Python's own protocols ask for.
+INTERNAL = {
+    "AssertionError", "KeyboardInterrupt", "NoRule", "NotImplementedError", "NotSliceable",
+    "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError",
+}  # fmt: skip
+
+
+def test_no_error_is_raised_past_the_hierarchy() -> None:
+    assert raised_names() <= CLASSES | EXPLAINERS | INTERNAL
 
 
 def test_every_place_that_raises_has_a_case() -> None:

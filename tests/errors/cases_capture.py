@@ -203,8 +203,8 @@ CASES = {
         lambda: capture(classifier(), X),
         "example_inputs",
         "is a tensor",
-        "a tuple of the model's positional inputs",
-        "give a tuple",
+        "a model may have several inputs",
+        "give a tuple, (x,)",
     ),
     "example is a number": call(
         InputShapeError,

@@ -170,14 +170,14 @@ CASES = {
         "of stage 1",
         "reads 'stages_1_conv1' of stage 2",
         "a stage reads itself and earlier ones only",
-        "earlier ones only",
+        "change its meta['stage'], or what it reads",
     ),
     "exit of a later stage": corrupted(
         corruptions.exit_of_a_later_stage,
         "the exit of stage 1",
         "'stages_1_fc' of stage 2",
         "an exit reads its own stage and earlier ones only",
-        "earlier ones only",
+        "give the output another",
     ),
     "no module": corrupted(
         corruptions.no_module,

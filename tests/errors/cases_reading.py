@@ -225,8 +225,8 @@ CASES = {
         b"GGUF123",
         "model.pt",
         "this is a GGUF file",
-        "a model is saved with",
-        "with torch.save or as .safetensors",
+        "a model is saved with torch.save or as .safetensors",
+        "name one",
     ),
     "cut off": content(
         TENSORS[:40], "model.pt", "not a zip file", "is damaged or cut off", "copy it again"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from s2d_compiler import errors
 
@@ -21,8 +22,10 @@ CLASSES = {
     for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, errors.S2DError)
 } | {"RefusedError", "ArchiveError", "UnsoundError"}  # their texts end up in errors of the package
-TELLERS = {"fail", "damaged", "_fail"}
-"""Functions that raise what they are given: their calls are the sites."""
+TELLERS = {"fail", "damaged"}
+"""Functions that raise the text that they are given: their calls are the sites."""
+TELLERS_OF = {"s2d_compiler/reading.py": {"_fail"}}
+"""The same, of one file."""
 EXPLAINERS = {"_explain"}
 """Functions that return an error: ``raise _explain(...)`` is a site."""
 LEFT_OUT = (
@@ -53,24 +56,45 @@ def all_sites() -> frozenset[Site]:
         for path in sorted((ROOT / top).rglob("*.py")):
             name = path.relative_to(ROOT).as_posix()
             if not name.startswith(LEFT_OUT):
-                found |= set(_sites(ast.parse(path.read_text()), name, "module"))
+                found |= sites_in(path.read_text(), name)
     return frozenset(found)
 
 
+def sites_in(source: str, file: str) -> set[Site]:
+    """The sites of one file."""
+    return set(_sites(ast.parse(source), file, "module"))
+
+
+def raised_names() -> set[str]:
+    """What is raised by name and called, anywhere in the packages."""
+    found: set[str] = set()
+    for top in ("s2d_compiler", "passes"):
+        for path in (ROOT / top).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                    found.add(ast.unparse(node.exc.func))
+    return found
+
+
 def _sites(node: ast.AST, file: str, function: str) -> Iterator[Site]:
+    tellers = TELLERS | TELLERS_OF.get(file, set())
     for child in ast.iter_child_nodes(node):
         here = child.name if isinstance(child, ast.FunctionDef) else function
-        if isinstance(child, ast.Raise) and here not in TELLERS:
-            raised = child.exc.func if isinstance(child.exc, ast.Call) else None
-            if isinstance(raised, ast.Name) and raised.id in CLASSES | EXPLAINERS:
-                yield _site(child, file, here)
-        called = child.func if isinstance(child, ast.Call) else None
-        if isinstance(called, ast.Name) and called.id in TELLERS:
+        called = child.exc if isinstance(child, ast.Raise) else child
+        called = called.func if isinstance(called, ast.Call) else None
+        name = called.id if isinstance(called, ast.Name) else ""
+        makes = name in CLASSES | EXPLAINERS and here not in tellers | EXPLAINERS
+        if isinstance(child, ast.Raise) and makes:
             yield _site(child, file, here)
+            continue
+        if name in tellers:
+            yield _site(child, file, here)
+        elif makes and name not in EXPLAINERS:  # handed to a function: the statement is the place
+            yield _site(node if isinstance(node, ast.expr) else child, file, here)
         yield from _sites(child, file, here)
 
 
-def _site(node: ast.Raise | ast.Call, file: str, function: str) -> Site:
+def _site(node: Any, file: str, function: str) -> Site:
     text = " ".join(ast.unparse(node).split())
     return Site(file, node.lineno, node.end_lineno or node.lineno, function, text[:150])
 
