@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 # One test process per core, and one thread in each: the tests mostly trace graphs in Python.
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
-.PHONY: help venv lint test zoo zoo-table compile-time demo clean
+.PHONY: help venv lint test zoo zoo-table errors-page compile-time demo clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -45,6 +45,9 @@ zoo-table: $(STAMP) ## docs/zoo.md: torchvision and timm compiled and proven (ho
 	$(BIN)/python -m benchmarks.zoo segmentation
 	$(BIN)/python -m benchmarks.zoo timm
 	$(BIN)/python -m benchmarks.zoo --write docs/zoo.md
+
+errors-page: $(STAMP) ## docs/errors.md, from the docstrings of the errors
+	$(BIN)/python -m docs.errors_page
 
 compile-time: $(STAMP) ## docs/compile-time.md: the compiler's own time and memory, beside Torch-Pruning
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]' --constraint constraints.txt

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s2d_compiler import load
+from s2d_compiler import load, reading
 from s2d_compiler.errors import FormatError, ModelFileError
 from s2d_compiler.reading import read_model
 from tests.errors.case import Case
@@ -228,6 +228,26 @@ CASES = {
         "a model is saved with torch.save or as .safetensors",
         "name one",
     ),
+    **{
+        f"signature {signature!r}": content(
+            signature + b"...", "model.pt", text, "a model is saved with torch.save", "name one"
+        )
+        for signature, text in reading._SIGNATURES
+    },
+    "ONNX": content(
+        b"\x08\x0a\x12\x07pytorch",
+        "model.onnx",
+        "this is an ONNX file",
+        "which torch does not read",
+        "save the original network",
+        name="model.onnx",
+    ),
+    "text": content(
+        b"stages: 3", "model.pt", "this is a text file", "a model is saved with", "name one"
+    ),
+    "tar": content(
+        bytes(257) + b"ustar", "model.pt", "this is a tar archive", "is saved with", "name one"
+    ),
     "cut off": content(
         TENSORS[:40], "model.pt", "not a zip file", "is damaged or cut off", "copy it again"
     ),
@@ -345,6 +365,22 @@ CASES = {
         "Error",
         "torch cannot read it",
         "copy or save it again",
+    ),
+    "trusted, from a script": content(
+        pickled(b"\x80\x02c__main__\nAbsentNet\n)\x81."),
+        "model.pt",
+        "AttributeError",
+        "reading it raised",
+        "move the class to a module and save the model again, or save a state dict",
+        trust=True,
+    ),
+    "trusted, and broken": content(
+        pickled(b"\x80\x02cbuiltins\nint\nX\x01\x00\x00\x00a\x85R."),
+        "model.pt",
+        "ValueError",
+        "reading it raised",
+        "make that work, or save a state dict",
+        trust=True,
     ),
     "trusted in vain": content(
         pickled(b"\x80\x02cabsent_of_errors\nNet\n)\x81."),
