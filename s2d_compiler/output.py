@@ -99,7 +99,7 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:
         raise _explain(path, error) from error
     if stat.S_ISDIR(mode):
-        raise OutputError(f"{path} is a folder, and a file is to be written; name a file in it")
+        raise OutputError(f"{path} is a folder; name a file in it")
     if not stat.S_ISREG(mode):
         raise OutputError(
             f"{path} is a device or a pipe; only plain files are written whole, name one"

@@ -174,7 +174,7 @@ CASES: dict[str, Any] = {
     "no folder": writing(
         "absent/out.pt", "absent/out.pt", "absent", "does not exist", "create it first"
     ),
-    "folder": writing(".", ".", "is a folder", "a file is to be written", "name a file in it"),
+    "folder": writing(".", ".", ".", "is a folder", "name a file in it"),
     "pipe": writing(
         "out.pt",
         "out.pt",
