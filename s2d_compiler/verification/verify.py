@@ -19,8 +19,10 @@ from s2d_compiler.analysis.assignment import StageAssignment, assign
 from s2d_compiler.analysis.channels import analyse_channels
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import PlanError, VerifyError
+from s2d_compiler.plan import Plan
 from s2d_compiler.program import SAMPLE_BATCH, Program
 from s2d_compiler.provenance import Slice
+from s2d_compiler.structure import encode_structure
 from s2d_compiler.submodules import part_of
 from s2d_compiler.tracing import capture
 from s2d_compiler.verification.network import Network, StageRun, place
@@ -96,7 +98,7 @@ def verify_captured(
     """
     _compare_interfaces(dyn, program)
     if expectation is None or expectation.assignment.plan != dyn.plan:
-        expectation = Expectation(_assigned(program, dyn))
+        expectation = Expectation.of(program, dyn.plan)
     _compare_owners(expectation.assignment, dyn)
     nodes, terms = expectation.compare(dyn)
     weights = compare_weights(dyn, program)
@@ -105,7 +107,7 @@ def verify_captured(
             f"{weights.changed[0]} and {len(weights.changed) - 1} more of "
             f"{weights.equal + len(weights.changed)} tensors hold other numbers than the original; "
             "what the stages compute with them is what the plan says. If the network was trained "
-            "since, say so (--trained)."
+            "since, say so (--trained, trained=True)."
         )
     _compare_costs(dyn, program, expectation.original)
     return Verification(len(dyn.stages), nodes, terms, weights)
@@ -135,23 +137,26 @@ def _captured(
 def _compare_interfaces(dyn: DynamicModel, program: Program) -> None:
     parts = dyn.parts
     for name, mine, original in (
-        ("inputs have shapes", parts.input_shapes, program.input_shapes),
-        ("batch size is", parts.batch, program.batch),
-        ("outputs are", parts.output_spec, program.output_spec),
-        ("inputs are", parts.input_spec, program.input_spec),
+        ("takes inputs of shapes", parts.input_shapes, program.input_shapes),
+        ("takes batches of", parts.batch, program.batch),
+        ("returns", *map(_structure, (parts.output_spec, program.output_spec))),
+        ("is called with", *map(_structure, (parts.input_spec, program.input_spec))),
     ):
         if mine != original:
-            raise VerifyError(f"its {name} {mine}, the model's {original}.")
+            raise VerifyError(
+                f"it {name} {mine}, the model {original}; it was made from another model, or from "
+                "other example inputs."
+            )
     stages = parts.plan.stages
     if len(dyn.stages) != stages or len(parts.interfaces) != stages:
-        raise VerifyError(f"it has {len(dyn.stages)} stages, its plan {stages}.")
+        raise VerifyError(
+            f"it has {len(dyn.stages)} stages, its plan {stages}; the file is damaged: compile the "
+            "model again."
+        )
 
 
-def _assigned(program: Program, dyn: DynamicModel) -> StageAssignment:
-    try:
-        return assign(program, analyse_channels(program), dyn.plan)
-    except PlanError as error:
-        raise VerifyError(f"its plan does not fit the model: {error}") from error
+def _structure(spec: Any) -> Any:
+    return None if spec is None else encode_structure(spec)
 
 
 def _compare_owners(assignment: StageAssignment, dyn: DynamicModel) -> None:
@@ -197,6 +202,20 @@ class Expectation:
         for found in self._environments(keep=False):
             leaves = program.output_leaves
             self.exits.append([found[v] if isinstance(v, fx.Node) else v for v in leaves])
+
+    @classmethod
+    def of(cls, program: Program, plan: Plan) -> Expectation:
+        """What a plan makes of a captured model.
+
+        Raises:
+            VerifyError: The plan does not fit the model.
+        """
+        try:
+            return cls(assign(program, analyse_channels(program), plan))
+        except PlanError as error:
+            raise VerifyError(
+                f"its plan does not fit the model: {error}; it was made from another model."
+            ) from error
 
     def environment(self, number: int) -> Environment:
         """Values of all nodes in the run of a stage, counted from 0; computed again."""
