@@ -38,7 +38,7 @@ test: lint ## Everything that a change must pass
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 mutants: $(STAMP) ## Verification against thousands of changed networks (make test tries a few hundred)
-	S2D_MUTANTS=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -q tests/test_mutations.py
+	S2D_MUTANTS=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -q tests/test_network_mutations.py
 
 zoo: $(STAMP) ## Every classification model of torchvision (make test tries an eighth, by the day)
 	S2D_ZOO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_zoo.py tests/test_interfaces.py

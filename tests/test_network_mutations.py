@@ -1,8 +1,8 @@
 """Does verification bite? Networks and files are changed at random; every one that computes
 something else must be refused, and none that is the same by construction.
 
-``S2D_MUTANTS=N pytest -s tests/test_mutations.py`` tries N changes of each kind on each model, and
-prints how many computed something else.
+``S2D_MUTANTS=N pytest -s tests/test_network_mutations.py`` tries N changes of each kind on each
+model, and prints how many computed something else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from s2d_compiler.format import from_data, to_data
 from s2d_compiler.program import Program
 from s2d_compiler.tracing import capture
 from s2d_compiler.verification.verify import Expectation, verify_captured
-from tests.mutations import BENIGN, CLAIMS, MUTATIONS, Mutation, copied
+from tests.network_mutations import BENIGN, CLAIMS, MUTATIONS, Mutation, copied
 from tests.networks import seeded, settle
 from tests.odd_models import MODELS
 
