@@ -100,11 +100,11 @@ class _Extraction:
         handed = [
             node
             for node in part.own
-            if (
-                not self._is_local(node)
-                and any(self.stage_of.get(user, 0) > stage for user in self._real_users(node))
+            if not self._is_local(node)
+            and (
+                any(self.stage_of.get(user, 0) > stage for user in self._real_users(node))
+                or any(node in leaves for leaves in self.exits[stage:])
             )
-            or (any(node in leaves for leaves in self.exits[stage:]) and node in part.own_set)
         ]
         part.finish(self.exits[stage - 1], handed)
         module = part.graph_module()

@@ -8,5 +8,16 @@ from s2d_compiler.errors import S2DError
 from s2d_compiler.format import load
 from s2d_compiler.inspecting import inspect_model
 from s2d_compiler.plan import Plan, Setting
+from s2d_compiler.verification import Verification, verify
 
-__all__ = ["DynamicModel", "Plan", "S2DError", "Setting", "inspect_model", "load", "transform"]
+__all__ = [
+    "DynamicModel",
+    "Plan",
+    "S2DError",
+    "Setting",
+    "Verification",
+    "inspect_model",
+    "load",
+    "transform",
+    "verify",
+]

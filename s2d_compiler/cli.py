@@ -1,4 +1,4 @@
-"""The commands: ``s2d-compile``, and ``s2d`` with ``compile``, ``inspect`` and ``show``.
+"""The commands: ``s2d-compile``, and ``s2d`` with ``compile``, ``inspect``, ``show``, ``verify``.
 
 A command computes its `Result` and prints nothing; `_run` prints it, as text or as JSON, and
 turns errors into a sentence and an exit status:
@@ -441,6 +441,55 @@ def _layer_table(cost: Cost) -> Table:
     return table
 
 
+# -- s2d verify ------------------------------------------------------------------------------------
+
+
+def verify_network(
+    model: Path,
+    dyn: Path,
+    /,
+    *,
+    source: ModelSource = _SOURCE,
+    trained: bool = False,
+    reporting: Reporting = _REPORTING,
+) -> Result:
+    """Show that a compiled network is what its plan makes of a model.
+
+    What every stage computes is derived from the model and the plan, and from the compiled
+    network, down to single elements of weights; both must agree.
+
+    Args:
+        model: The original, a file of torch.save, or .safetensors.
+        dyn: The compiled network, dyn.pt.
+        trained: Let weights and batch-norm statistics differ, of a network that was trained
+            since it was compiled.
+    """
+    from s2d_compiler.format import load
+    from s2d_compiler.verification import verify
+
+    staged = load(dyn)
+    submodule = source.submodule or staged.parts.made_by.get("submodule")
+    found = verify(replace(source, submodule=None).read(model), staged, submodule=submodule,
+                   trained=trained)  # fmt: skip
+    document = {
+        "stages": found.stages,
+        "nodes": found.nodes,
+        "terms": found.terms,
+        "equal": found.weights.equal,
+        "changed": list(found.weights.changed),
+    }
+    tensors = found.weights.equal + len(found.weights.changed)
+    weights = f"all {tensors} tensors hold the original's numbers"
+    if found.weights.changed:
+        weights = f"{len(found.weights.changed)} of {tensors} tensors hold other numbers (trained)"
+    text = (
+        f"verified: {found.stages} stages compute what the plan makes of {model}\n"
+        f"{found.nodes:,} nodes with {found.terms:,} values, each derived twice; {weights}; the "
+        "costs are what runs"
+    )
+    return Result(document, [text])
+
+
 # -- running a command -----------------------------------------------------------------------------
 
 
@@ -468,6 +517,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     app.command(compile_model, name="compile")
     app.command(inspect)
     app.command(show)
+    app.command(verify_network, name="verify")
     return _run("s2d", app, argv)
 
 

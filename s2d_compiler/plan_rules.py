@@ -23,7 +23,7 @@ Concat: TypeAlias = tuple[Pair, ...] | Literal["all", "none"]
 _MAX_GROUPS = 1024
 _MAX_INPUT_NUMBERS = 2**31
 MAX_CHARACTERS = 2**20
-_RESOLUTION = re.compile("[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})?")
+_RESOLUTION = re.compile("[1-9][0-9]{0,8}(x[1-9][0-9]{0,8}){0,2}")
 #: The version of plans that this package writes. It reads this one and all before it.
 PLAN_VERSION = 1
 PLAN_KEYS = (
@@ -206,12 +206,12 @@ def check_choice(value: Any, choices: tuple[str, ...], place: str, more: str = "
 
 
 def check_resolution(key: Any, place: str) -> None:
-    """A name of the form 32x32 or 49."""
+    """A name of the form 32x32, 8x32x32 or 49."""
     if not isinstance(key, str) or not _RESOLUTION.fullmatch(key):
         fail(
             place,
-            f"{show(key)} is no resolution; write height and width as in 32x32, or a number of "
-            "positions as in 49",
+            f"{show(key)} is no resolution; write height and width as in 32x32, after the depth "
+            "as in 8x32x32, or a number of positions as in 49",
         )
 
 

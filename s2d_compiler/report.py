@@ -240,7 +240,7 @@ class Report:
         section(text, FALLBACKS, [group.text(self.original_macs) for group in self.fallbacks])
         section(
             text,
-            "not in the graph (evaluation mode drops it)",
+            "not in the graph (not run in evaluation mode on such an input)",
             _folded([*self.dropped.modules, *self.dropped.unused]),
         )
         section(text, "notes", list(self.notes))

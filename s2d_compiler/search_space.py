@@ -345,7 +345,7 @@ class SearchSpace:
         section(text, FALLBACKS, [group.text(self.macs) for group in grouped(uses)])
         section(text, "coupled, run once per stage", coupled)
         gone = [*self.dropped.modules, *self.dropped.unused]
-        section(text, "not in the graph (evaluation mode drops it)", gone)
+        section(text, "not in the graph (not run in evaluation mode on such an input)", gone)
         section(text, "notes", [*self.notes, *([f"starter {self.misfit}"] if self.misfit else [])])
         return text.getvalue().rstrip()
 

@@ -109,6 +109,9 @@ def guess_input_shape(model: nn.Module) -> tuple[int, ...]:
     )
 
 
+_HALVES = (torch.bfloat16, torch.float16)
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """What a model is called with: tensors, or tuples, lists and dicts of them."""
@@ -147,10 +150,23 @@ def _given(
         )
     if example_inputs is None and not example_kwargs:
         return None
+    _require_one_batch(example_inputs, example_kwargs)
     kwargs = dict(example_kwargs or {})
     names = list(inspect.signature(model.forward).parameters)
     order = sorted(kwargs, key=lambda name: names.index(name) if name in names else len(names))
     return Call(tuple(example_inputs or ()), {name: kwargs[name] for name in order})
+
+
+def _require_one_batch(*examples: Any) -> None:
+    """The batch is dimension 0 of every tensor."""
+    batches = {v.shape[0] for v in pytree.tree_leaves(examples)
+               if isinstance(v, torch.Tensor) and v.dim() and v.shape[0] != 1}  # fmt: skip
+    if len(batches) > 1:
+        raise InputShapeError(
+            f"example inputs have {' and '.join(map(str, sorted(batches)))} in dimension 0, which "
+            "is the batch of all; give them one batch size, or wrap the model in one whose forward "
+            "holds the tensors that have no batch."
+        )
 
 
 def _default_call(model: nn.Module, input_shape: Sequence[int] | None, notes: list[str]) -> Call:
@@ -161,7 +177,13 @@ def _default_call(model: nn.Module, input_shape: Sequence[int] | None, notes: li
         log.warning("input shape not given: assuming %s", shape)
     like = _first_tensor(model)
     options: dict[str, Any] = {} if like is None else {"dtype": like.dtype, "device": like.device}
-    return Call((torch.zeros(EXAMPLE_BATCH, *input_shape, **options),))
+    call = Call((torch.zeros(EXAMPLE_BATCH, *input_shape, **options),))
+    if like is not None and like.dtype in _HALVES:
+        # A model that casts its input takes any type; captured in its own, it would take that only.
+        single = call.map(torch.Tensor.float)
+        with _evaluation(model):
+            return call if _failure(model, single) is not None else single
+    return call
 
 
 def _own_batches(given: Call | None, call: Call) -> list[Call]:
@@ -230,7 +252,8 @@ def _export(
     batch = next((int(v.shape[0]) for v in given.tensors if v.dim()), 1)
     log.debug("dynamic batch refused: %s", first)
     notes.append(
-        f"the model fixes its batch size{_where(first)}: the result takes batches of {batch} only"
+        f"the model fixes its batch size{_where(first)}: the result takes batches of {batch} only; "
+        "give example_inputs of the batch that it will run on"
     )
     log.warning(notes[-1])
     return fixed, batch
@@ -325,12 +348,27 @@ def _require_runs(model: nn.Module, call: Call) -> None:
     """Tell a wrong input shape from a model that cannot be captured."""
     error = _failure(model, call)
     if error is not None:
+        _require_operands(model, call)
         _require_rank(model, call.tensors)
         shapes = ", ".join("x".join(map(str, v.shape[1:])) for v in call.tensors)
         raise InputShapeError(
             f"{type(model).__name__} does not run on an input of shape {shapes}{_where(error)}: "
-            f"{_first_line(error)}. Give the shape it was made for: example_inputs, "
-            '"input_shape" in the plan, or --input-shape.'
+            f"{_first_line(error)}. If it was made for another shape, give that (example_inputs, "
+            '"input_shape" in the plan, --input-shape); if only a part of it is to be compiled, '
+            "name that (--submodule)."
+        ) from error
+
+
+def _require_operands(model: nn.Module, call: Call) -> None:
+    """Say plainly when the model takes more inputs than it was given."""
+    try:
+        inspect.signature(model.forward).bind(*call.args, **call.kwargs)
+    except TypeError as error:
+        raise InputShapeError(
+            f"{type(model).__name__}.forward does not take {len(call.tensors)} input(s) like "
+            f"these: {error}. Give an example of all its inputs, which the commands cannot: "
+            "transform(model, plan, (image, other), example_kwargs={...}) in Python, and "
+            "inspect_model(model, example_inputs=(image, other))."
         ) from error
 
 

@@ -110,7 +110,7 @@ NUMBERS = (
 WORDS = st.sampled_from(
     [
         *(*PLAN_KEYS, *SETTING_KEYS, "all", "none", "index", "l1", "cut", "original", ""),
-        *("8x8", "49", "8x8\n", "0x8", "٣", "08", "1234567890", "4x4x4", "layer1.*"),
+        *("8x8", "49", "8x8\n", "0x8", "٣", "08", "1234567890", "4x4x4", "4x4x4x4", "layer1.*"),
     ]
 )
 LEAVES = st.none() | st.booleans() | NUMBERS | WORDS

@@ -1,11 +1,12 @@
 """The four consequences of docs/semantics.md over random networks and random plans.
 
 ``HYPOTHESIS_PROFILE=fuzz pytest tests/test_properties.py`` searches further, with a new seed
-each time; ``--hypothesis-seed=N`` repeats one.
+each time, and verifies every network as well; ``--hypothesis-seed=N`` repeats one.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s2d_compiler import Plan
+from s2d_compiler import Plan, verify
 from s2d_compiler.errors import PlanError
 from tests import assignment, consequences
 from tests.networks import BLOCKS, Drawn, networks, seeded, settle
@@ -40,6 +41,8 @@ def check(
         return None
     measured = consequences.check_all(model, plan, x, path=path, structure=structure)
     assert all(module.training == train for module in model.modules())
+    if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz":
+        verify(model, measured.dyn, (x,))
     return measured
 
 

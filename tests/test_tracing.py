@@ -438,7 +438,7 @@ def test_wrong_input_shape_is_told_from_a_model_that_cannot_be_captured(
     with pytest.raises(InputShapeError) as caught:
         capture(model, inputs_of([shape], 2))
     assert "x".join(map(str, shape)) in str(caught.value)
-    remedy = 'Give the shape it was made for: example_inputs, "input_shape"'
+    remedy = 'give that (example_inputs, "input_shape"'
     if len(shape) != 3:
         remedy = "convolution takes 3 (channels first, without the batch), such as 4x224x224"
     assert remedy in str(caught.value)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import s2d_compiler  # makes torchvision importable  # noqa: F401
 
 import torchvision  # isort: skip
-from s2d_compiler import Plan
+from s2d_compiler import Plan, verify
 from tests import assignment, consequences
 from tests.networks import settle
 from tests.plans import plans, resolutions_of
@@ -124,6 +124,8 @@ def test_consequences(name: str, tmp_path: Path) -> None:
         share = dyn.cost.stages[0].macs / dyn.cost.original_macs
         if concat == "none" and share > CHEAP_FIRST_STAGE:
             assert dyn.report.stage_one, f"stage 1 costs {share:.3f}, unexplained"
+        if small and concat == "all":
+            assert not verify(model, dyn, (x,)).weights.changed
         del measured, dyn
 
 

@@ -89,13 +89,13 @@ def apply_module(operators: Operators, held: Held, x: Terms) -> Terms:
 def _positions(keys: Keys, held: Slice, dimension: int, size: int) -> Terms:
     """Numbers of the columns that a slice holds."""
     positions = held.index[dimension]
-    chosen = torch.arange(size) if positions is None else torch.tensor(positions)
+    chosen = torch.arange(size) if positions is None else torch.tensor(positions, dtype=torch.int64)
     return mixed(keys.of("column of", held.source, dimension), chosen)
 
 
 def _rows(keys: Keys, held: Slice, dimension: int, size: int) -> Terms:
     positions = held.index[dimension]
-    chosen = torch.arange(size) if positions is None else torch.tensor(positions)
+    chosen = torch.arange(size) if positions is None else torch.tensor(positions, dtype=torch.int64)
     return mixed(keys.of("row of", held.source, dimension, held.index[2:]), chosen)
 
 
@@ -240,9 +240,8 @@ def _computed(operators: Operators, held: Held, x: Terms) -> Terms:
         known[step.name] = operators.apply(step.target, args, kwargs)
     weight = known[module.expression.weight].terms
     inner = keys.gathered(weight, range(2, weight.dim())).reshape(weight.shape[:2])
-    rows = keys.gathered(inner, [1]).reshape(-1)
-    groups, per_group = module.groups, module.in_channels // module.groups
-    columns = keys.positions("computed column", per_group).repeat(groups)
+    rows = keys.collected(inner, [1]).reshape(-1)
+    columns = keys.gathered(inner, [0]).reshape(-1).repeat(module.groups)
     if module.expression.bias is None:
         bias = torch.full((len(rows),), keys.of("no bias"))
     else:
@@ -273,7 +272,9 @@ def _affine(keys: Keys, held: Held, *size: int) -> tuple[Terms, Terms]:
 def _per_channel_norm(keys: Keys, held: Held, x: Terms) -> Terms:
     module, channels = held.module, x.shape[1]
     weight, bias = (_along(t, 1, x.dim()) for t in _affine(keys, held, channels))
-    name = keys.of("norm per channel", module.eps, isinstance(module, _INSTANCE_NORMS))
+    name = keys.of(
+        "norm per channel", module.eps, module.momentum, isinstance(module, _INSTANCE_NORMS)
+    )
     if module.track_running_stats:
         mean, variance = (
             _along(keys.elements(held.slices[k], (channels,)), 1, x.dim())
@@ -281,7 +282,7 @@ def _per_channel_norm(keys: Keys, held: Held, x: Terms) -> Terms:
         )
         return mixed(name, x, mean, variance, weight, bias)
     own = range(2, x.dim())
-    seen = keys.gathered(x, own if isinstance(module, _INSTANCE_NORMS) else (0, *own))
+    seen = keys.collected(x, own if isinstance(module, _INSTANCE_NORMS) else (0, *own))
     return mixed(name, x, seen, weight, bias)
 
 
@@ -289,12 +290,12 @@ def group_norm(keys: Keys, x: Terms, groups: int, eps: float, weight: Terms, bia
     """Terms of a group norm."""
     shape = tuple(x.shape)
     by_group = x.reshape(shape[0], groups, math.prod(shape[1:]) // groups)
-    seen = keys.gathered(by_group, [2]).expand(by_group.shape).reshape(shape)
+    seen = keys.collected(by_group, [2]).expand(by_group.shape).reshape(shape)
     affine = (_along(t, 1, x.dim()) for t in (weight, bias))
     return mixed(keys.of("group norm", eps), x, seen, *affine)
 
 
 def last_norm(keys: Keys, x: Terms, count: int, name: Any, weight: Terms, bias: Terms) -> Terms:
     """Terms of a norm over the last dimensions."""
-    seen = keys.gathered(x, range(x.dim() - count, x.dim()))
+    seen = keys.collected(x, range(x.dim() - count, x.dim()))
     return mixed(keys.of("norm over the last", name), x, seen, weight, bias)

@@ -16,6 +16,7 @@ from s2d_compiler.program import Program
 from s2d_compiler.provenance import Slice
 from s2d_compiler.verification.layers import Held, UnknownModuleError, apply_module
 from s2d_compiler.verification.operators import Operators, Value
+from s2d_compiler.verification.specification import released, terms_of
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,18 @@ class StageRun:
     """What one stage computes.
 
     Attributes:
-        values: Value of every node, in order.
+        values: Value of every node, in order, where they were asked for.
         leaves: Its exit's flat outputs.
         features: What it hands on.
+        nodes: Number of nodes.
+        terms: Number of numbers that they compute.
     """
 
     values: dict[fx.Node, Any]
     leaves: tuple[Any, ...]
     features: tuple[Any, ...]
+    nodes: int
+    terms: int
 
 
 class Network:
@@ -54,8 +59,12 @@ class Network:
         self.features: dict[tuple[int, int], Any] = {}
         self.read: set[tuple[int, int]] = set()
 
-    def run(self, number: int) -> StageRun:
+    def run(self, number: int, *, keep: bool = False) -> StageRun:
         """Run one stage, counted from 0.
+
+        Args:
+            number: The stage; all before it have run.
+            keep: Return the values of all nodes.
 
         Raises:
             VerifyError: Its graph cannot be followed; the message names the node.
@@ -64,12 +73,20 @@ class Network:
         assert isinstance(stage, fx.GraphModule)
         given = iter(interface.inputs)
         values: dict[fx.Node, Any] = {}
+        after = {} if keep else released(stage.graph.nodes)
+        nodes = terms = 0
+        leaves: Any = ()
+        handed: Any = ()
         for node in stage.graph.nodes:
             try:
                 if node.op == "output":
                     leaves, handed = fx.map_arg(node.args[0], values.__getitem__)
                     break
                 values[node] = self._value(stage, number, node, values, given)
+                nodes += 1
+                terms += sum(t.numel() for t in terms_of([values[node]]))
+                for done in after.get(node, ()):
+                    del values[done]
             except VerifyError:
                 raise
             except UnknownModuleError as error:
@@ -82,7 +99,7 @@ class Network:
                     "or was not made from this model."
                 ) from error
         self.features.update({(number, k): value for k, value in enumerate(handed)})
-        return StageRun(values, tuple(leaves), tuple(handed))
+        return StageRun(values, tuple(leaves), tuple(handed), nodes, terms)
 
     def _value(
         self, stage: fx.GraphModule, number: int, node: fx.Node, values: dict[fx.Node, Any],

@@ -43,7 +43,7 @@ _MOVEMENT = frozenset(
     unflatten expand expand_as repeat repeat_interleave tile slice select narrow index_select index
     gather cat concat stack split split_with_sizes unsafe_split chunk unbind flip roll rot90 unfold
     pixel_shuffle pixel_unshuffle channel_shuffle diagonal tril triu select_scatter slice_scatter
-    copy zeros_like new_zeros as_strided unsafe_chunk view_as reshape_as take_along_dim swapaxes
+    copy zeros_like new_zeros unsafe_chunk view_as reshape_as take_along_dim swapaxes
     """.split()
 )
 #: Operators of which only the shape and type of the first operand matter.
@@ -52,6 +52,11 @@ _CREATION = frozenset(
     new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like full zeros ones
     arange scalar_tensor eye linspace tensor
     """.split()
+)
+#: Operators that map element by element, which torch does not tag so.
+_UNTAGGED = frozenset(
+    "_to_copy to type_as where hardswish log_sigmoid rsub masked_fill floor_divide true_divide "
+    "_prelu_kernel".split()
 )
 _WINDOWS = (
     "max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_", "_upsample_",
@@ -150,16 +155,26 @@ class Operators:
             return self._patches(name, target, given)
         if name.startswith("conv") and self._is_fixed_filter(given):
             return self._filtered(name, target, given)
-        if torch.Tag.pointwise in target.tags or name in ("_to_copy", "to", "where", "type_as"):
+        if name == "prelu":
+            x, slopes = given["self"], given["weight"].terms
+            if slopes.numel() > 1:
+                slopes = slopes.reshape([-1 if d == 1 else 1 for d in range(x.terms.dim())])
+            return self._mapped(name, name, [x, Value(slopes)])
+        if torch.Tag.pointwise in target.tags or name in _UNTAGGED:
             return self._mapped(name, name, list(given.values()))
         return self._whole(name, target, given)
 
     def _moved(self, name: str, target: Any, args: Any, kwargs: Any) -> Any:
         index = {"index_select": 2, "gather": 2, "index": 1, "take_along_dim": 1}.get(name)
 
+        arguments = target._schema.arguments
+        tensors = {k for k, a in enumerate(arguments) if "Tensor" in str(a.type)} | {-1}
+
         def plain(position: int, v: Any) -> Any:
             if not _is_value(v):
                 return v
+            if position not in tensors:
+                raise UnknownIndexError
             if position == index:
                 if v.known is None:
                     raise UnknownIndexError
@@ -179,6 +194,8 @@ class Operators:
             }
         except UnknownIndexError:
             return self._whole(name, target, bind(target, args, kwargs))
+        if name in ("view", "_unsafe_view") and str(target._overloadname) in ("default", ""):
+            target = aten.reshape.default
         result = target(*moved, **named)
         if isinstance(result, torch.Tensor):
             return Value(result)
@@ -221,21 +238,22 @@ class Operators:
         dim = given.get("dim")
         dims = [dim] if isinstance(dim, int) else list(dim) if dim else list(range(rank))
         rest = {k: v for k, v in given.items() if k not in ("dim", "keepdim", "self", "x")}
-        kept = mixed(self._name(name, rest), self.keys.gathered(x.terms, dims))
+        kept = mixed(self._name(name, rest), self.keys.collected(x.terms, dims))
         if not given.get("keepdim"):
             kept = kept.squeeze(tuple(d % rank for d in dims)) if rank else kept
         return Value(kept)
 
     def _along_one(self, name: str, given: dict[str, Any]) -> Value:
         x: Value = given["self"]
-        seen = self.keys.gathered(x.terms, [int(given["dim"])])
         rest = {k: v for k, v in given.items() if k not in ("dim", "self")}
         if name.startswith("cum"):
+            seen = self.keys.gathered(x.terms, [int(given["dim"])])
             size = x.terms.shape[int(given["dim"])]
             form = [1] * x.terms.dim()
             form[int(given["dim"])] = size
             at = self.keys.positions("cumulative", size).reshape(form)
             return Value(mixed(self._name(name, rest), x.terms, seen, at))
+        seen = self.keys.collected(x.terms, [int(given["dim"])])
         return Value(mixed(self._name(name, rest), x.terms, seen))
 
     # -- products ----------------------------------------------------------------------------------
@@ -360,14 +378,25 @@ class Operators:
                 return v.known
             return torch.empty(v.terms.shape, device="meta")
 
-        args, kwargs = unbind(target, {k: tree_map(shaped, v, is_leaf=_is_value)
-                                       for k, v in given.items()})  # fmt: skip
+        def index(v: Any) -> Any:
+            return v.long() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+
+        found = {k: tree_map(shaped, v, is_leaf=_is_value) for k, v in given.items()}
+        for argument in target._schema.arguments:  # a number that was read from a tensor
+            if "Tensor" not in str(argument.type) and _is_value(given.get(argument.name)):
+                found[argument.name] = 0
+        for name in ("index", "indices"):
+            if name in found:
+                found[name] = tree_map(index, found[name])
+        args, kwargs = unbind(target, found)
         try:
             result = target(*args, **kwargs)
         except (RuntimeError, NotImplementedError):
-            real = [a.new_zeros(a.shape, device="cpu") if isinstance(a, torch.Tensor) else a
+            real = [torch.zeros(a.shape, dtype=a.dtype) if isinstance(a, torch.Tensor) else a
                     for a in args]  # fmt: skip
             result = target(*real, **kwargs)
+        if isinstance(result, bool | int | float):
+            return [()]
         results = [result] if isinstance(result, torch.Tensor) else list(result)
         return [tuple(r.shape) for r in results if isinstance(r, torch.Tensor)]
 

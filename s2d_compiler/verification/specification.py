@@ -9,18 +9,19 @@ read, and operators that mix channels without weights see stage i's own channels
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.analysis.labels import VERSIONED
 from s2d_compiler.computed import ComputedLayer
 from s2d_compiler.program import is_scalar
-from s2d_compiler.provenance import Slice
+from s2d_compiler.provenance import Slice, normalised
 from s2d_compiler.rules.layers import GROUPS_TO_CUT_BETWEEN, is_layer
 from s2d_compiler.thin_expression import slice_expression
 from s2d_compiler.verification.layers import Held, apply_module, layer_shape
@@ -47,26 +48,30 @@ class Specification:
         self.inputs = inputs
         self.stage = 0
         self.before: Environment = {}
+        self.leaves = {v for v in self.program.output_leaves if isinstance(v, fx.Node)}
+        self.after = released(self.program.nodes)
 
-    def next_stage(self) -> Environment:
-        """Values of all nodes in the next stage's run."""
+    def next_stage(self, *, keep: bool = False) -> Environment:
+        """Values in the next stage's run: of exits and of what later stages take over.
+
+        Args:
+            keep: Return the values of all nodes.
+        """
         self.stage += 1
-        found: Environment = {}
-        given = iter(self.inputs)
-        for node in self.program.nodes:
-            if node.op == "output":
-                break
-            if node.op == "placeholder":
-                found[node] = next(given)
-            elif node.op == "get_attr":
-                found[node] = self._attribute(node)
-            else:
-                found[node] = self._merged(node, self._evaluated(node, found))
+        found = self._run(lambda node, found: self._merged(node, self._evaluated(node, found)),
+                          lambda node: keep or self._is_taken_over(node))  # fmt: skip
         self.before = found
         return found
 
-    def static(self) -> Environment:
-        """Values of all nodes of the model as it is."""
+    def static(self, *, keep: bool = False) -> Environment:
+        """Values of the model as it is: of its outputs, or with ``keep`` of all nodes."""
+        return self._run(self._plain, lambda node: keep)
+
+    def _run(
+        self,
+        evaluate: Callable[[fx.Node, Environment], Any],
+        is_kept: Callable[[fx.Node], bool],
+    ) -> Environment:
         found: Environment = {}
         given = iter(self.inputs)
         for node in self.program.nodes:
@@ -77,8 +82,17 @@ class Specification:
             elif node.op == "get_attr":
                 found[node] = self._attribute(node)
             else:
-                found[node] = self._plain(node, found)
+                found[node] = evaluate(node, found)
+            for done in self.after.get(node, ()):
+                if done not in self.leaves and not is_kept(done):
+                    del found[done]
         return found
+
+    def _is_taken_over(self, node: fx.Node) -> bool:
+        owners = self.assignment.owner_labels.get(node.name)
+        return node.name in self.channels.coupled or (
+            owners is not None and bool((owners > 0).any())
+        )
 
     # -- one node ----------------------------------------------------------------------------------
 
@@ -185,8 +199,6 @@ class Specification:
         return Value(full.index_copy(dimension % full.dim(), torch.from_numpy(rows), terms))
 
     def _thin_slices(self, node: fx.Node, thin: ThinComputed) -> Mapping[str, Slice]:
-        from s2d_compiler.provenance import normalised
-
         path, tensors = str(node.target), self.program.module(node).tensors()
         return {
             key: Slice(self.program.sources.get(f"{path}.{key}", f"{path}.{key}"),
@@ -203,8 +215,9 @@ class Specification:
         owners = self.assignment.owner_labels[source.name]
         own = np.flatnonzero(owners.reshape(-1) == self.stage)
         versioned = bool((self.assignment.owner_labels[node.name] == VERSIONED).any())
-        if not len(own) and (self.before or not versioned):
-            return self.before[node] if self.before else Value(torch.zeros_like(x.terms))
+        is_first = self.stage == 1
+        if not len(own) and not (is_first and versioned):
+            return Value(torch.zeros_like(x.terms)) if is_first else self.before[node]
         if not len(own):
             return self._plain(node, found)
         dimension = next(d for d, size in enumerate(owners.shape) if size > 1)
@@ -276,13 +289,24 @@ class ThinComputed(ComputedLayer):
         return self.held
 
 
+def released(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Per node, the values that nothing reads after it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        last[node] = node
+        for operand in node.all_input_nodes:
+            last[operand] = node
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node, at in last.items():
+        found.setdefault(at, []).append(node)
+    return found
+
+
 def _is_parameter(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, nn.Parameter)
 
 
 def terms_of(values: Sequence[Any]) -> list[Terms]:
     """All terms of some values."""
-    from torch.utils._pytree import tree_leaves
-
     leaves = tree_leaves(list(values), is_leaf=lambda v: isinstance(v, Value))
     return [v.terms for v in leaves if isinstance(v, Value)]

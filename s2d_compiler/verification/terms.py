@@ -70,7 +70,11 @@ class Keys:
         """Terms of the elements of a slice of a named tensor."""
         result = torch.full((1,) * len(shape), self.of("element of", held.source))
         for d, (size, positions) in enumerate(zip(shape, held.index, strict=True)):
-            chosen = torch.arange(size) if positions is None else torch.tensor(positions)
+            chosen = (
+                torch.arange(size)
+                if positions is None
+                else torch.tensor(positions, dtype=torch.int64)
+            )
             form = [-1 if e == d else 1 for e in range(len(shape))]
             result = mixed(result, chosen.reshape(form))
         return result
@@ -79,8 +83,15 @@ class Keys:
         """Numbers of positions along a dimension."""
         return mixed(self.of("position", kind), torch.arange(count))
 
+    def collected(self, x: Terms, dims: Collection[int]) -> Terms:
+        """One term for all that lies along some dimensions, in any order; they keep size 1."""
+        dims = sorted(d % x.dim() for d in dims) if x.dim() else []
+        if not dims:
+            return mixed(self.of("alone"), x)
+        return scrambled(x + self.of("collected")).sum(dims, keepdim=True)
+
     def gathered(self, x: Terms, dims: Collection[int]) -> Terms:
-        """One term for all that lies along some dimensions, which keep size 1."""
+        """One term for all that lies along some dimensions, in order; they keep size 1."""
         dims = sorted(d % x.dim() for d in dims)
         if not dims:
             return x

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from s2d_compiler.analysis.assignment import StageAssignment, assign
 from s2d_compiler.analysis.channels import analyse_channels
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import PlanError, VerifyError
+from s2d_compiler.plan import Plan
 from s2d_compiler.program import SAMPLE_BATCH, Program
 from s2d_compiler.provenance import Slice
+from s2d_compiler.structure import encode_structure
 from s2d_compiler.submodules import part_of
 from s2d_compiler.tracing import capture
 from s2d_compiler.verification.network import Network, StageRun, place
@@ -78,20 +81,35 @@ def verify(
     return verify_captured(program, dyn, trained=trained)
 
 
-def verify_captured(program: Program, dyn: DynamicModel, *, trained: bool = False) -> Verification:
-    """Like ``verify``, against a program that was captured before."""
+def verify_captured(
+    program: Program,
+    dyn: DynamicModel,
+    *,
+    trained: bool = False,
+    expectation: Expectation | None = None,
+) -> Verification:
+    """Like ``verify``, against a program that was captured before.
+
+    Args:
+        program: The original.
+        dyn: The network.
+        trained: As in ``verify``.
+        expectation: What the program and a plan make, if that is known.
+    """
     _compare_interfaces(dyn, program)
-    assignment = _assigned(program, dyn)
-    nodes, terms = _compare_stages(dyn, assignment)
+    if expectation is None or expectation.assignment.plan != dyn.plan:
+        expectation = Expectation.of(program, dyn.plan)
+    _compare_owners(expectation.assignment, dyn)
+    nodes, terms = expectation.compare(dyn)
     weights = compare_weights(dyn, program)
     if weights.changed and not trained:
         raise VerifyError(
             f"{weights.changed[0]} and {len(weights.changed) - 1} more of "
             f"{weights.equal + len(weights.changed)} tensors hold other numbers than the original; "
             "what the stages compute with them is what the plan says. If the network was trained "
-            "since, say so (--trained)."
+            "since, say so (--trained, trained=True)."
         )
-    _compare_costs(dyn, program)
+    _compare_costs(dyn, program, expectation.original)
     return Verification(len(dyn.stages), nodes, terms, weights)
 
 
@@ -119,91 +137,151 @@ def _captured(
 def _compare_interfaces(dyn: DynamicModel, program: Program) -> None:
     parts = dyn.parts
     for name, mine, original in (
-        ("inputs have shapes", parts.input_shapes, program.input_shapes),
-        ("batch size is", parts.batch, program.batch),
-        ("outputs are", parts.output_spec, program.output_spec),
-        ("inputs are", parts.input_spec, program.input_spec),
+        ("takes inputs of shapes", parts.input_shapes, program.input_shapes),
+        ("takes batches of", parts.batch, program.batch),
+        ("returns", *map(_structure, (parts.output_spec, program.output_spec))),
+        ("is called with", *map(_structure, (parts.input_spec, program.input_spec))),
     ):
         if mine != original:
-            raise VerifyError(f"its {name} {mine}, the model's {original}.")
+            raise VerifyError(
+                f"it {name} {mine}, the model {original}; it was made from another model, or from "
+                "other example inputs."
+            )
     stages = parts.plan.stages
     if len(dyn.stages) != stages or len(parts.interfaces) != stages:
-        raise VerifyError(f"it has {len(dyn.stages)} stages, its plan {stages}.")
+        raise VerifyError(
+            f"it has {len(dyn.stages)} stages, its plan {stages}; the file is damaged: compile the "
+            "model again."
+        )
 
 
-def _assigned(program: Program, dyn: DynamicModel) -> StageAssignment:
-    try:
-        assignment = assign(program, analyse_channels(program), dyn.plan)
-    except PlanError as error:
-        raise VerifyError(f"its plan does not fit the model: {error}") from error
+def _structure(spec: Any) -> Any:
+    return None if spec is None else encode_structure(spec)
+
+
+def _compare_owners(assignment: StageAssignment, dyn: DynamicModel) -> None:
     owners = np.asarray(dyn.parts.owners, dtype=np.int64)
     if len(owners) != len(assignment.owners):
         raise VerifyError(
-            f"it has owners of {len(owners)} channels, the model {len(assignment.owners)}; it was "
-            "made from another model, or by another release."
+            f"it says the stages of {len(owners)} channels, the model has "
+            f"{len(assignment.owners)}; it was made from another model, or by another release."
         )
     if not np.array_equal(owners, assignment.owners):
         atom = int(np.flatnonzero(owners != assignment.owners)[0])
         writers = next(f.writers for f in assignment.channels.families if atom in f.atoms)
         raise VerifyError(
             f"a channel of {writers[0] if writers else 'the model'} is in stage {owners[atom]}, by "
-            f"the plan and the model's weights in stage {assignment.owners[atom]}."
+            f"the plan and the model's weights in stage {assignment.owners[atom]}; it was made "
+            "with another plan or from other weights."
         )
-    return replace(assignment, owners=owners)
 
 
 # -- stages ----------------------------------------------------------------------------------------
 
 
-def _compare_stages(dyn: DynamicModel, assignment: StageAssignment) -> tuple[int, int]:
-    keys = Keys()
-    operators = Operators(keys)
-    batch = dyn.parts.batch or SAMPLE_BATCH
-    inputs = [
-        Value(_input_terms(keys, k, (batch, *shape)))
-        for k, shape in enumerate(dyn.parts.input_shapes)
-    ]
-    specification = Specification(assignment, operators, inputs)
-    network = Network(dyn, assignment.program, operators, inputs)
-    nodes = terms = 0
-    for number in range(len(dyn.stages)):
-        is_thin = number < assignment.thin_stages
-        expected = specification.next_stage() if is_thin else specification.static()
-        run = network.run(number)
-        _compare_exit(assignment, number, run, expected)
-        nodes += len(run.values)
-        terms += sum(t.numel() for t in terms_of(list(run.values.values())))
-    unread = sorted(set(network.features) - network.read)
-    if unread:
-        stage, position = unread[0]
-        raise VerifyError(
-            f"stage {stage + 1} hands on a value (number {position + 1}) that no later stage reads."
-        )
-    return nodes, terms
+class Expectation:
+    """What a model and a plan make of every exit, in terms.
+
+    It can be compared with many networks.
+
+    Args:
+        assignment: The model's program, its channels, the plan and the owners.
+    """
+
+    def __init__(self, assignment: StageAssignment):
+        self.assignment = assignment
+        self.operators = Operators(Keys())
+        program = assignment.program
+        batch = program.batch or SAMPLE_BATCH
+        self.inputs = [
+            Value(self.operators.keys.elements(_of_input(k, len(shape) + 1), (batch, *shape)))
+            for k, shape in enumerate(program.input_shapes)
+        ]
+        self.original = _cost_of_original(program)
+        self.exits: list[list[Any]] = []
+        for found in self._environments(keep=False):
+            leaves = program.output_leaves
+            self.exits.append([found[v] if isinstance(v, fx.Node) else v for v in leaves])
+
+    @classmethod
+    def of(cls, program: Program, plan: Plan) -> Expectation:
+        """What a plan makes of a captured model.
+
+        Raises:
+            VerifyError: The plan does not fit the model.
+        """
+        try:
+            return cls(assign(program, analyse_channels(program), plan))
+        except PlanError as error:
+            raise VerifyError(
+                f"its plan does not fit the model: {error}; it was made from another model."
+            ) from error
+
+    def environment(self, number: int) -> Environment:
+        """Values of all nodes in the run of a stage, counted from 0; computed again."""
+        return next(itertools.islice(self._environments(keep=True), number, None))
+
+    def _environments(self, *, keep: bool) -> Iterator[Environment]:
+        specification = Specification(self.assignment, self.operators, self.inputs)
+        for number in range(self.assignment.plan.stages):
+            if number < self.assignment.thin_stages:
+                yield specification.next_stage(keep=keep)
+            else:
+                yield specification.static(keep=keep)
+
+    def compare(self, dyn: DynamicModel) -> tuple[int, int]:
+        """Run a network's stages; returns the number of nodes and of terms.
+
+        Raises:
+            VerifyError: One computes something else.
+        """
+        network = self._network(dyn)
+        nodes = terms = 0
+        for number, expected in enumerate(self.exits):
+            run = network.run(number)
+            if len(run.leaves) != len(expected):
+                raise VerifyError(
+                    f"stage {number + 1} returns {len(run.leaves)} outputs, the model "
+                    f"{len(expected)}; the file is damaged, or was not made from this model."
+                )
+            for k, (mine, want) in enumerate(zip(run.leaves, expected, strict=True)):
+                if not _is_same(mine, want):
+                    raise VerifyError(self._first_difference(dyn, number, k, want, mine))
+            nodes += run.nodes
+            terms += run.terms
+        unread = sorted(set(network.features) - network.read)
+        if unread:
+            stage, position = unread[0]
+            raise VerifyError(
+                f"stage {stage + 1} hands on a value (number {position + 1}) that no later stage "
+                "reads; the file is damaged, or made by a release that did so: compile again."
+            )
+        return nodes, terms
+
+    def _network(self, dyn: DynamicModel) -> Network:
+        return Network(dyn, self.assignment.program, self.operators, self.inputs)
+
+    def _first_difference(
+        self, dyn: DynamicModel, number: int, output: int, want: Any, mine: Any
+    ) -> str:
+        """Where a stage first computes something that the plan has nowhere."""
+        network = self._network(dyn)
+        for earlier in range(number):
+            network.run(earlier)
+        run = network.run(number, keep=True)
+        return _first_difference(number, run, self.environment(number), output, want, mine)
 
 
-def _input_terms(keys: Keys, number: int, shape: tuple[int, ...]) -> torch.Tensor:
-    return keys.elements(Slice(f"input {number}", (None,) * len(shape)), shape)
+def _of_input(number: int, rank: int) -> Slice:
+    return Slice(f"input {number}", (None,) * rank)
 
 
-def _compare_exit(
-    assignment: StageAssignment, number: int, run: StageRun, expected: Environment
-) -> None:
-    leaves = assignment.program.output_leaves
-    if len(run.leaves) != len(leaves):
-        raise VerifyError(
-            f"stage {number + 1} returns {len(run.leaves)} outputs, the model {len(leaves)}."
-        )
-    for k, (mine, leaf) in enumerate(zip(run.leaves, leaves, strict=True)):
-        want = expected[leaf] if isinstance(leaf, fx.Node) else leaf
-        if isinstance(want, Value) != isinstance(mine, Value):
-            same = False
-        elif isinstance(want, Value):
-            same = want.terms.shape == mine.terms.shape and torch.equal(want.terms, mine.terms)
-        else:
-            same = type(want) is type(mine) and want == mine
-        if not same:
-            raise VerifyError(_first_difference(number, run, expected, k, want, mine))
+def _is_same(mine: Any, want: Any) -> bool:
+    if isinstance(want, Value) != isinstance(mine, Value):
+        return False
+    if isinstance(want, Value):
+        return want.terms.shape == mine.terms.shape and torch.equal(want.terms, mine.terms)
+    return type(want) is type(mine) and bool(want == mine)
 
 
 def _first_difference(
@@ -244,11 +322,10 @@ def _first_difference(
 # -- costs -----------------------------------------------------------------------------------------
 
 
-def _compare_costs(dyn: DynamicModel, program: Program) -> None:
+def _compare_costs(dyn: DynamicModel, program: Program, original: int) -> None:
     """Count what runs."""
-    batch = dyn.parts.batch or 1
-    inputs = tuple(_sample(example, batch) for example in program.examples)
-    counted, total = _counted(dyn, inputs), 0
+    batch = program.batch or 1
+    counted, total = _counted(dyn, _samples(program)), 0
     for number, (macs, stage) in enumerate(zip(counted, dyn.cost.stages, strict=True), start=1):
         total += macs // batch
         if (stage.macs, stage.cumulative_macs) != (macs // batch, total):
@@ -258,18 +335,28 @@ def _compare_costs(dyn: DynamicModel, program: Program) -> None:
             )
         rows = sum(row.macs for row in stage.layers)
         if rows != stage.macs:
-            raise VerifyError(f"stage {number}: its layers are said to cost {rows:,} MACs.")
-    with _counting() as counter:
-        program.graph_module(*inputs)
-    original = int(counter.get_total_flops()) // 2 // batch
+            raise VerifyError(
+                f"stage {number} is said to cost {stage.macs:,} MACs, its layers {rows:,}."
+            )
     if dyn.cost.original_macs != original:
         raise VerifyError(
             f"the original is said to cost {dyn.cost.original_macs:,} MACs; it runs {original:,}."
         )
 
 
-def _sample(example: torch.Tensor, batch: int) -> torch.Tensor:
-    return example[:1].expand(batch, *example.shape[1:]).clone() if example.dim() else example
+def _cost_of_original(program: Program) -> int:
+    """MACs of the original for one sample."""
+    with _counting() as counter:
+        program.graph_module(*_samples(program))
+    return int(counter.get_total_flops()) // 2 // (program.batch or 1)
+
+
+def _samples(program: Program) -> tuple[torch.Tensor, ...]:
+    """Inputs of a batch of one, or of the only batch that the model takes."""
+    batch = program.batch or 1
+    return tuple(
+        x[:1].expand(batch, *x.shape[1:]).clone() if x.dim() else x for x in program.examples
+    )
 
 
 @contextlib.contextmanager
