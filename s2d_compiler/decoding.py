@@ -215,10 +215,27 @@ def _stage(
             damaged(
                 row.at("graph"), f"{node.name!r} reads {shown(node.target)}, which is not there"
             )
+        if node.target in _WEIGHT_NORMS:
+            _check_not_empty(node, root, row)
     graph.lint()
     result = graph_module(root, graph, f"Stage{number}")
     result.training = any(m.training for m in result.children())
     return result
+
+
+_WEIGHT_NORMS = (
+    torch.ops.aten._weight_norm.default,
+    torch.ops.aten._weight_norm_interface.default,
+)
+
+
+def _check_not_empty(node: fx.Node, root: nn.Module, row: Fields) -> None:
+    """torch divides by the size of a weight without looking at it."""
+    weight = node.args[0] if node.args else None
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        damaged(row.at("graph"), f"{node.name} normalises something else than a parameter")
+    if not find(root, str(weight.target)).numel():
+        damaged(row.at("graph"), f"{node.name} normalises a parameter without elements")
 
 
 def _assign(root: nn.Module, target: str, value: Any, saved: bool, row: Fields) -> None:

@@ -15,7 +15,12 @@ from torch import fx
 from s2d_compiler.computed import Value
 from s2d_compiler.errors import FormatError
 from s2d_compiler.fields import Fields, as_list, as_text, damaged, shown
-from s2d_compiler.operator_names import is_arithmetic, operator_from_name, operator_to_name
+from s2d_compiler.operator_names import (
+    check_arguments,
+    is_arithmetic,
+    operator_from_name,
+    operator_to_name,
+)
 from s2d_compiler.program import is_plain_name
 
 _DTYPES = {
@@ -186,6 +191,7 @@ def _check_arguments(kind: str, target: Any, args: Any, row: Fields) -> None:
         damaged(row.at("args"), f"a {kind} has none")
     if kind == "call_module" and not all(isinstance(a, fx.Node) for a in args):
         damaged(row.at("args"), "a module takes values of the graph")
+    check_arguments(target, args, row.at("args"))
     if kind == "call_function" and is_arithmetic(target):
         if not all(isinstance(a, fx.Node | int | float) for a in args):
             damaged(row.at("args"), f"{target.__name__} computes with numbers")

@@ -272,9 +272,12 @@ def _check_shapes(module: ComputedLayer, place: str) -> None:
         with FakeTensorMode(), torch.no_grad():
             values = expression.values({k: _empty(t) for k, t in module.tensors().items()})
         given = [tuple(values[name].shape) for name in wanted]
+        empty = [k for k, v in values.items() if isinstance(v, torch.Tensor) and not v.numel()]
     except Exception as error:
         problem = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
         damaged(place, f"its weight cannot be computed ({problem})")
     expected = [weight_shape(module), weight_shape(module)[:1]][: len(given)]
+    if empty:
+        damaged(place, f"{shown(empty[0])} in its weight has no elements")
     if given != expected:
         damaged(place, f"its weight and bias are {given}, not {expected}")

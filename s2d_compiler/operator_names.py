@@ -8,7 +8,7 @@ from __future__ import annotations
 import builtins
 import operator
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -41,30 +41,26 @@ _FORBIDDEN = (
 )
 #: Parts of networks that torch defines under names of its own.
 _PRIVATE = frozenset(
-    "__and__ __lshift__ __or__ __rshift__ __xor__ _adaptive_avg_pool2d _adaptive_avg_pool3d "
-    "_addmm_activation _aminmax _assert_async _assert_scalar _assert_tensor_metadata _cast_Byte "
-    "_cast_Char _cast_Double _cast_Float _cast_Half _cast_Int _cast_Long _cast_Short "
-    "_cdist_forward _conj _conj_copy _conj_physical _convolution _convolution_mode "
-    "_efficientzerotensor _embedding_bag _euclidean_dist _fft_c2c _fft_c2r _fft_r2c "
-    "_fused_rms_norm _is_all_true _is_any_true _linalg_det _linalg_eigh _linalg_eigvals "
-    "_linalg_slogdet _linalg_solve_ex _linalg_svd _log_softmax _logcumsumexp "
-    "_native_batch_norm_legit _native_batch_norm_legit_functional "
-    "_native_batch_norm_legit_no_training _native_multi_head_attention _neg_view _neg_view_copy "
-    "_pad_circular _pad_enum _pdist_forward _prelu_kernel _reshape_alias _reshape_alias_copy "
-    "_reshape_copy _reshape_from_tensor _safe_softmax _scaled_dot_product_attention_math "
-    "_scaled_dot_product_cudnn_attention _scaled_dot_product_efficient_attention "
+    "__and__ __lshift__ __or__ __rshift__ __xor__ _adaptive_avg_pool2d "
+    "_adaptive_avg_pool3d _addmm_activation _aminmax _assert_async _assert_scalar "
+    "_assert_tensor_metadata _cast_Byte _cast_Char _cast_Double _cast_Float _cast_Half "
+    "_cast_Int _cast_Long _cast_Short _cdist_forward _conj _conj_physical _convolution "
+    "_convolution_mode _euclidean_dist _is_all_true _is_any_true _log_softmax "
+    "_logcumsumexp _neg_view _pad_circular _pdist_forward _prelu_kernel _safe_softmax "
+    "_scaled_dot_product_attention_math _scaled_dot_product_efficient_attention "
     "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
-    "_shape_as_tensor _softmax _stack _to_copy _transformer_encoder_layer_fwd _trilinear _unique2 "
-    "_unsafe_index _unsafe_masked_index _unsafe_view _upsample_bicubic2d_aa "
-    "_upsample_bilinear2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d "
-    "_upsample_nearest_exact3d _weight_norm _weight_norm_interface".split()
+    "_shape_as_tensor _softmax _to_copy _trilinear _unsafe_index _unsafe_view "
+    "_upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d "
+    "_upsample_nearest_exact2d _upsample_nearest_exact3d _weight_norm "
+    "_weight_norm_interface".split()
 )
 #: Inside or beside networks, not in them: gradients, and layouts and libraries whose operators
 #: take what they are given on trust.
 _APART = re.compile(
     r"_|.*backward|.*sparse|(cudnn|miopen|mkldnn|mps|fbgemm|quantize|quantized|q|nested)_"
     r"|.*_(jvp|mps)(_|$)|lstm_mps|choose_qparams|int_repr|to_mkldnn|empty_quantized|hspmm|smm$"
-    r"|sspaddmm|batch_norm_(elemt|gather|stats|update)|to_padded_tensor|set$|.*overrideable"
+    r"|sspaddmm|native_batch_norm$|batch_norm_\w+$|to_padded_tensor|set$|.*overrideable"
+    r"|binomial$|linalg_eig(vals)?$|special_.*_polynomial|(lstm|gru|rnn_\w+)_cell$"
 )
 
 
@@ -169,6 +165,45 @@ def _find(name: str) -> Any:
     full = f"{namespace}::{operator_name}" + ("" if overload == "default" else f".{overload}")
     known = torch._C._dispatch_has_kernel(full)
     return target if known else None
+
+
+def check_arguments(target: Any, arguments: tuple[Any, ...], place: str) -> None:
+    """Refuse literal arguments that torch takes on trust, at the price of the process.
+
+    Raises:
+        FormatError: naming the rule.
+    """
+    if not isinstance(target, torch._ops.OpOverload):
+        return
+    name = f"{target.namespace}::{target._opname}"
+    if name.startswith(_LOOPS) and any(abs(n) > _TURNS for n in _numbers(arguments)):
+        damaged(place, f"{target} has a number above {_TURNS}")
+    if name not in _RECURRENT:
+        return
+    if target._overloadname != "input" or len(arguments) != 9:
+        damaged(place, f"{target} is used in a way that no network uses it")
+    states, weights, has_biases, layers = arguments[1:5]
+    bidirectional = arguments[7]
+    count = (layers if type(layers) is int else 0) * (2 if bidirectional else 1)
+    each = {4, 5} if has_biases else {2, 3}  # a projection is one more
+    if count < 1 or not isinstance(weights, list) or len(weights) not in {count * k for k in each}:
+        damaged(place, f"{target} has not the weights of {shown(layers)} layers")
+    if target._opname == "lstm" and not (isinstance(states, list) and len(states) == 2):
+        damaged(place, f"{target} has not two states")
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int):
+        yield value
+
+
+#: Operators that loop as often as they are told, whatever the size of their operands.
+_LOOPS = ("aten::adaptive_", "aten::_adaptive_", "aten::matrix_power", "aten::linalg_matrix_power")
+_TURNS = 2**16
+_RECURRENT = frozenset(f"aten::{name}" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
 
 
 def _stand_in(name: str) -> Callable[..., Any]:

@@ -115,10 +115,10 @@ def decode_structure(row: Fields, types: Mapping[str, type] | None) -> Any:
     if kind not in ("namedtuple", "class"):
         damaged(row.at("kind"), f"{shown(kind)} is no kind of structure")
     name = row.text("class")
+    if kind == "namedtuple" and name not in (types or ()):
+        return pytree.TreeSpec(namedtuple, _named_tuple(name, context, len(children)), children)
     if types is None:
         return pytree.TreeSpec(tuple, None, children)
-    if kind == "namedtuple" and name not in types:
-        return pytree.TreeSpec(namedtuple, _named_tuple(name, context, len(children)), children)
     return _of_class(name, kind, context, children, types)
 
 

@@ -109,8 +109,10 @@ def _below(path: str, name: str) -> str:
 def _check_attribute(module: nn.Module, name: Any, value: Any, place: str) -> None:
     if type(name) is not str:
         raise UnsoundError(f"{place}: an attribute has a name that is no text")
-    if name.endswith("_hooks") and value:
+    if "_hooks" in name and value:
         raise UnsoundError(f"{place}: it holds a hook, which runs code; remove it before saving")
+    if name.startswith("__") and name.endswith("__"):
+        raise UnsoundError(f"{place} is a name that Python uses itself")
     if name not in _OWN and _is_code(getattr(type(module), name, None)):
         raise UnsoundError(f"{place} hides what {type(module).__name__} defines under that name")
     _check_value(value, place, 0)

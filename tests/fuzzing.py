@@ -210,7 +210,8 @@ def _read_compiled(
         return "refused"
     f"{dyn.cost}{dyn.report}{dyn.plan}{dyn.stages[0]}"
     len(dyn.provenance)
-    to_data(dyn)
+    if not show:  # what is only looked at holds stand-ins, which no file does
+        to_data(dyn)
     dyn.at_stage(1)
     try:
         dyn(*inputs, **keywords)

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import random
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -91,6 +92,13 @@ ODD_IN_FILES: list[Callable[[random.Random], Any]] = [
 ]
 
 
+def quantized(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of 8-bit numbers with a scale."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are going out of use
+        return torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8)
+
+
 def odd_tensor(pick: random.Random, tensor: torch.Tensor) -> Any:
     """A tensor that is not the given one: other numbers, sizes, strides, kinds."""
     dense = tensor.detach().clone()
@@ -112,7 +120,7 @@ _TENSORS: list[Callable[[random.Random, torch.Tensor], Any]] = [
     lambda pick, t: t.to_sparse(),
     lambda pick, t: t.to("meta"),
     lambda pick, t: torch.empty((10**6, 10**6), device="meta"),
-    lambda pick, t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    lambda pick, t: quantized(t),
     lambda pick, t: torch.nn.Parameter(t.float()),
     lambda pick, t: torch.zeros(0),
     lambda pick, t: torch.zeros(3, 0, 2),
@@ -255,8 +263,6 @@ def mutated_archive(content: bytes, pick: random.Random) -> bytes:
 
 def archive_of(members: list[tuple[str, bytes, int]]) -> bytes:
     """A zip archive of members: name, content, kind of compression."""
-    import warnings
-
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # two members of one name
