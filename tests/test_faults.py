@@ -16,7 +16,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -331,7 +331,8 @@ def test_an_interruption_at_any_line_of_the_writing(
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """Compiles a small network, quietly. SIGINT is as on a terminal, however the tests run."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
@@ -339,7 +340,9 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int
     Path("spec.json").write_text(json.dumps(PLAN))
     words = ["model.pt", "--splits", "spec.json", "-o", "out/dyn.pt", "--quiet"]
     Path("out").mkdir()
-    return lambda: cli.compile_main(words)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: cli.compile_main(words)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("when", ["any time", "writing"])
