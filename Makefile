@@ -52,7 +52,7 @@ compile-time: $(STAMP) ## docs/compile-time.md: the compiler's own time and memo
 
 faults: $(STAMP) ## Interruptions at every line of the writing and at hundreds of random moments
 	S2D_FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) \
-		tests/test_faults.py tests/test_determinism.py
+		tests/test_faults.py tests/test_interruptions.py tests/test_determinism.py
 
 demo: $(STAMP) ## Train, compile, fine-tune and measure a small network, in about two minutes
 	@mkdir -p $(DEMO)
