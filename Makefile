@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 # One test process per core, and one thread in each: the tests mostly trace graphs in Python.
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
-.PHONY: help venv lint test mutants zoo zoo-table errors-page compile-time demo clean
+.PHONY: help venv lint test mutants zoo zoo-table errors-page compile-time faults demo clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -55,6 +55,10 @@ errors-page: $(STAMP) ## docs/errors.md, from the docstrings of the errors
 compile-time: $(STAMP) ## docs/compile-time.md: the compiler's own time and memory, beside Torch-Pruning
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]' --constraint constraints.txt
 	$(BIN)/python -m benchmarks.compile_time --write docs/compile-time.md
+
+faults: $(STAMP) ## Interruptions at every line of the writing and at hundreds of random moments
+	S2D_FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) \
+		tests/test_faults.py tests/test_interruptions.py tests/test_determinism.py
 
 demo: $(STAMP) ## Train, compile, fine-tune and measure a small network, in about two minutes
 	@mkdir -p $(DEMO)

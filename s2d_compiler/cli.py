@@ -35,7 +35,7 @@ from rich.measure import Measurement
 
 from s2d_compiler._version import __version__
 from s2d_compiler.errors import OutputError, S2DError, UsageError
-from s2d_compiler.interrupts import Terminated, heed, terminable
+from s2d_compiler.interrupts import Terminated, terminable
 from s2d_compiler.output import check_writable
 from s2d_compiler.plan import Plan
 from s2d_compiler.plan_rules import read_input_shape
@@ -208,7 +208,6 @@ def compile_model(
     program = _capture(source.read(model), plan.input_shape)
     between = _print_pass if print_passes and not reporting.quiet else None
     dyn, proof = _compile(program, plan, made_by, between, None if no_check else seed)
-    heed()
     dyn.save(output)
     document = {"output": str(output), **_document(dyn), "proof": _proof_document(proof)}
     written = f"written: {output}{_permissions(dyn)}"
@@ -366,7 +365,6 @@ def inspect(
     text: list[RenderableType] = [space.layer_table()] if layers else []
     text += [space.table(), space.remarks()]
     if write_plan is not None:
-        heed()
         space.starter_plan().save(write_plan)
         text.append(
             f"\nwritten: {write_plan}\nNext: edit it, then s2d-compile {shlex.quote(str(model))} "

@@ -2,7 +2,8 @@
 
 An interrupt is an exception that strikes anywhere, also where C++ called Python and drops what is
 raised, or makes an ordinary error of it. What goes on then may take another way than it would
-have, and end with another result. So interrupts are noted, and heeded before anything is written.
+have, and end with another result. So interrupts are noted, and heeded before a file is put in
+place.
 """
 
 from __future__ import annotations

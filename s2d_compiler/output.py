@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO, Self
 
 from s2d_compiler.errors import OutputError
+from s2d_compiler.interrupts import heed
 
 _fcntl: ModuleType | None
 try:
@@ -118,6 +119,7 @@ def _fill(file: BinaryIO, write: Callable[[BinaryIO], object]) -> None:
         if reason is error:
             raise
         raise reason from None
+    heed()  # what was written may be of a computation that an interrupt led astray
     file.flush()
     os.fsync(file.fileno())
 

@@ -1,4 +1,4 @@
-"""Children of the test process, to be killed, and to which limits and other users can be given.
+"""Children of the test process, to be killed or put under limits, and what they write.
 
 A forked child has torch imported already, which takes a new process seconds.
 """
@@ -12,13 +12,18 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from s2d_compiler import output
+from s2d_compiler import DynamicModel, output, transform
+from s2d_compiler.output import HIDDEN
+from tests.compiled import file_of
 
 
 def start(act: Callable[[], int | None]) -> int:
@@ -110,6 +115,39 @@ def signal_at_line(number: int, sent: int) -> Callable[[], int]:
 
     sys.settrace(at_call)
     return lambda: lines
+
+
+PLAN = {
+    "stages": 2,
+    "groups": 4,
+    "default": {"split": [2], "concat": "all"},
+    "input_shape": [3, 8, 8],
+}
+
+
+def network(seed: int) -> nn.Module:
+    """A network that ``PLAN`` fits."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).eval()
+
+
+@cache
+def networks() -> tuple[DynamicModel, DynamicModel]:
+    """Two compiled networks whose files differ."""
+    return transform(network(0), PLAN), transform(network(1), PLAN)
+
+
+@cache
+def files() -> tuple[bytes, bytes]:
+    """What is in their files."""
+    old, new = (file_of(dyn) for dyn in networks())
+    assert old != new
+    return old, new
+
+
+def hidden_files(folder: Path) -> list[str]:
+    """What a killed writer may leave."""
+    return [name for name in os.listdir(folder) if HIDDEN.fullmatch(name)]
 
 
 def many() -> bool:

@@ -1,16 +1,10 @@
-"""Whatever strikes while a file is written: the old file or the new one is there, and whole.
-
-``make faults`` tries every line of the writing and hundreds of random moments; here are some.
-"""
+"""Where the system refuses, and others write, the old file or the new one is there, whole."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
-import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -22,65 +16,24 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
-from torch import nn
 
-from s2d_compiler import DynamicModel, Plan, cli, load, transform
-from s2d_compiler import format as format_
+from s2d_compiler import Plan
 from s2d_compiler.errors import OutputError
-from s2d_compiler.interrupts import terminable
 from s2d_compiler.output import HIDDEN, atomic_write, check_writable
 from tests.faults import (
+    PLAN,
     answer,
     as_nobody,
-    many,
+    files,
+    hidden_files,
     needs_fork,
-    signal_at_line,
+    networks,
     small_disk,
     start,
     wait,
 )
 
 pytestmark = needs_fork
-PLAN = {
-    "stages": 2,
-    "groups": 4,
-    "default": {"split": [2], "concat": "all"},
-    "input_shape": [3, 8, 8],
-}
-#: Ways to write: without a name until the file is whole, and with a hidden one.
-WAYS = ["unnamed", "hidden"]
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "hidden":
-        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
-    elif not hasattr(os, "O_TMPFILE"):
-        pytest.skip("this system has no unnamed files")
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory: pytest.TempPathFactory) -> tuple[DynamicModel, DynamicModel]:
-    """Two networks whose files differ."""
-    made = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
-        made.append(transform(model.eval(), PLAN))
-    return made[0], made[1]
-
-
-@pytest.fixture
-def old_and_new(networks: tuple[DynamicModel, DynamicModel], tmp_path: Path) -> tuple[bytes, bytes]:
-    found = []
-    for dyn in networks:
-        dyn.save(tmp_path / "sample.pt")
-        load(tmp_path / "sample.pt")
-        found.append((tmp_path / "sample.pt").read_bytes())
-    (tmp_path / "sample.pt").unlink()
-    assert found[0] != found[1]
-    return found[0], found[1]
 
 
 @pytest.fixture
@@ -152,23 +105,22 @@ def test_an_unnamed_file_that_cannot_get_a_name_is_copied(
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_a_network_that_does_not_fit_on_the_disk(
-    networks: tuple[DynamicModel, DynamicModel],
-    old_and_new: tuple[bytes, bytes],
     folder: Path,
     way: str,
     share: float,
 ):
     """torch.save makes an error of its own of what the disk says; people see the disk's."""
+    old, new = files()
     target = folder / "dyn.pt"
-    target.write_bytes(old_and_new[0])
+    target.write_bytes(old)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(len(old_and_new[1]) * share), limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(len(new) * share), limits[1]))
     try:
         with pytest.raises(OutputError, match="the file is larger than the file system allows"):
-            networks[1].save(target)
+            networks()[1].save(target)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert target.read_bytes() == old_and_new[0]
+    assert target.read_bytes() == old
     assert os.listdir(folder) == ["dyn.pt"]
 
 
@@ -197,26 +149,26 @@ def test_an_error_of_another_place_is_not_the_reason(folder: Path):
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_full_disk(
-    networks: tuple[DynamicModel, DynamicModel],
-    old_and_new: tuple[bytes, bytes],
     folder: Path,
     existing: bool,
 ):
+    old, _ = files()
+
     def fill() -> str:
         try:
-            small_disk(folder, 2 * len(old_and_new[0]))
+            small_disk(folder, 2 * len(old))
         except OSError as error:
             return f"skip: {error}"
-        (folder / "other").write_bytes(bytes(len(old_and_new[0]) // 2))
+        (folder / "other").write_bytes(bytes(len(old) // 2))
         if existing:
-            (folder / "dyn.pt").write_bytes(old_and_new[0])
+            (folder / "dyn.pt").write_bytes(old)
         else:
-            (folder / "more").write_bytes(old_and_new[0])
+            (folder / "more").write_bytes(old)
         try:
-            networks[1].save(folder / "dyn.pt")
+            networks()[1].save(folder / "dyn.pt")
         except OutputError as error:
             if existing:
-                assert (folder / "dyn.pt").read_bytes() == old_and_new[0]
+                assert (folder / "dyn.pt").read_bytes() == old
             return f"{sorted(os.listdir(folder))} {error}"
         return "written"
 
@@ -270,192 +222,6 @@ def test_a_missing_folder(tmp_path: Path):
     with pytest.raises(OutputError, match="does not exist; create it first"):
         Plan.from_dict(PLAN).save(tmp_path / "missing" / "plan.json")
     assert os.listdir(tmp_path) == []
-
-
-# --------------------------------------------------------------------------------------
-# Interruptions
-
-
-def hidden_files(folder: Path) -> list[str]:
-    return [name for name in os.listdir(folder) if HIDDEN.fullmatch(name)]
-
-
-SIGNALS = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM]
-
-
-@pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.parametrize("sent", SIGNALS, ids=lambda s: s.name)
-def test_an_interruption_at_any_line_of_the_writing(
-    networks: tuple[DynamicModel, DynamicModel],
-    old_and_new: tuple[bytes, bytes],
-    folder: Path,
-    way: str,
-    exists: bool,
-    sent: signal.Signals,
-):
-    old, new = old_and_new
-    target = folder / "dyn.pt"
-
-    def save(number: int) -> int:
-        count = signal_at_line(number, sent)
-        with terminable():
-            networks[1].save(target)
-        return 1 if count() < number else 0
-
-    litter, seen, number = 0, set(), 1
-    while True:
-        target.unlink(missing_ok=True)
-        if exists:
-            target.write_bytes(old)
-        status = wait(start(lambda number=number: save(number)))
-        if status == 1:  # there is no such line
-            break
-        # An interrupt in a clean-up may be swallowed: then the file is new, and all is done.
-        assert status in ((-sent,) if sent == signal.SIGKILL else (130, 0))
-        content = target.read_bytes() if target.exists() else b""
-        assert content in (new, old if exists else b"")
-        seen.add(content)
-        hidden = hidden_files(folder)
-        assert sorted(os.listdir(folder)) == sorted([*hidden, *["dyn.pt"][: bool(content)]])
-        litter += bool(hidden)
-        number += 1 if many() else random.Random(number).randint(5, 9)
-    tried = number - 1
-    assert len(seen) == 2
-    if sent != signal.SIGKILL or (way == "unnamed" and not exists):
-        assert litter == 0
-    elif way == "unnamed":
-        assert litter <= max(1, tried // 10)  # between the link and the move
-    networks[1].save(target)
-    assert os.listdir(folder) == ["dyn.pt"]
-    assert target.read_bytes() == new
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
-    torch.save(model.eval(), "model.pt")
-    Path("spec.json").write_text(json.dumps(PLAN))
-    words = ["model.pt", "--splits", "spec.json", "-o", "out/dyn.pt", "--quiet"]
-    Path("out").mkdir()
-    return lambda: cli.compile_main(words)
-
-
-@pytest.mark.parametrize("when", ["any time", "writing"])
-@pytest.mark.parametrize("sent", SIGNALS, ids=lambda s: s.name)
-def test_a_command_that_is_interrupted(command: Callable[[], int], sent: signal.Signals, when: str):
-    target = Path("out/dyn.pt")
-    began = time.monotonic()
-    written = 0.0
-
-    def clock(path: Any, write: Any) -> None:
-        nonlocal written
-        start = time.monotonic()
-        atomic_write(path, write)
-        written = time.monotonic() - start
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(format_, "atomic_write", clock)
-        assert command() == 0
-    whole = time.monotonic() - began
-    new = target.read_bytes()
-    chance = random.Random(f"{sent} {when}")
-    endings = set()
-    for number in range(100 if many() else 2):
-        exists = number % 2 == 0
-        target.unlink(missing_ok=True)
-        if exists:
-            target.write_bytes(b"old")
-        read, write = os.pipe()
-
-        def run(write: int = write) -> int:
-            def announced(path: Any, fill: Any) -> None:
-                os.write(write, b"x")
-                atomic_write(path, fill)
-
-            if when == "writing":
-                format_.atomic_write = announced  # type: ignore[attr-defined]
-            else:
-                os.write(write, b"x")
-            return command()
-
-        child = start(run)
-        os.read(read, 1)
-        time.sleep(chance.uniform(0, 1.2) * (written if when == "writing" else whole))
-        os.kill(child, sent)
-        status = wait(child)
-        os.close(read)
-        os.close(write)
-        expected = -sent if sent == signal.SIGKILL else 128 + sent
-        assert status in (expected, 0, -sent)
-        endings.add(status)
-        content = target.read_bytes() if target.exists() else b""
-        assert content in (new, b"old" if exists else b"")
-        assert status != 0 or content == new
-        hidden = hidden_files(Path("out"))
-        assert sorted(os.listdir("out")) == sorted([*hidden, *["dyn.pt"][: bool(content)]])
-        assert sent == signal.SIGKILL or not hidden
-    assert endings
-    assert command() == 0
-    assert os.listdir("out") == ["dyn.pt"]
-    load("out/dyn.pt")
-
-
-def test_terminating_is_said_and_has_its_status(
-    command: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    def terminate(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr("s2d_compiler.tracing.capture", terminate)
-    assert command() == 143
-    assert capsys.readouterr().err == "s2d-compile: terminated\n"
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
-def test_an_interrupt_that_the_capture_swallows_is_heeded(
-    command: Callable[[], int],
-    sent: signal.Signals,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
-    """C++ between makes an ordinary error of it, after which the batch size would be fixed."""
-    export, calls = torch.export.export, []
-
-    def swallow(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        try:
-            os.kill(os.getpid(), sent)
-        except KeyboardInterrupt:
-            raise RuntimeError("a Python error in a callback") from None
-        return export(*args, **kwargs)
-
-    monkeypatch.setattr(torch.export, "export", swallow)
-    assert command() == 128 + sent
-    assert len(calls) == 1
-    assert "defect" not in capsys.readouterr().err
-    assert os.listdir("out") == []
-
-
-def test_an_interrupt_that_is_swallowed_without_trace_is_heeded_before_the_writing(
-    command: Callable[[], int], monkeypatch: pytest.MonkeyPatch
-):
-    from s2d_compiler import compiler
-
-    fill = compiler.fill
-
-    def swallow(*args: Any) -> None:
-        with contextlib.suppress(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        fill(*args)
-
-    monkeypatch.setattr(compiler, "fill", swallow)
-    assert command() == 130
-    assert os.listdir("out") == []
-    monkeypatch.setattr(compiler, "fill", fill)
-    assert command() == 0
 
 
 # --------------------------------------------------------------------------------------

@@ -19,14 +19,9 @@ from s2d_compiler import cli, load, transform
 from s2d_compiler.errors import FormatError, OutOfMemoryError, S2DError
 from s2d_compiler.memory import explained, is_out_of_memory
 from s2d_compiler.output import atomic_write
-from tests.faults import answer, needs_fork
+from tests.faults import PLAN, answer, needs_fork
+from tests.faults import network as make_network
 
-PLAN = {
-    "stages": 2,
-    "groups": 4,
-    "default": {"split": [2], "concat": "all"},
-    "input_shape": [3, 8, 8],
-}
 BASIC = ("model.pt", "--splits", "spec.json", "-o", "dyn.pt")
 
 
@@ -69,9 +64,7 @@ def failing(failure: str) -> Callable[..., Any]:
 
 @pytest.fixture
 def network() -> nn.Module:
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)]
-    return nn.Sequential(*layers).eval()
+    return make_network(0)
 
 
 @pytest.fixture

@@ -185,6 +185,37 @@ def stand_in(folder: Path) -> object:
     return dyn(x, mask=torch.zeros(2, 1, 4, 4, dtype=torch.float64))
 
 
+NODE = {"node": "stages_0_last_norm"}
+
+
+def calls(name: str, *arguments: Any) -> Callable[[Data], None]:
+    """Node 23 calls an operator."""
+
+    def encoded(value: Any) -> Any:
+        return {"list": [encoded(v) for v in value]} if isinstance(value, list) else value
+
+    def edit(data: Data) -> None:
+        target(name)(data)
+        node(23, "args", {"tuple": [encoded(value) for value in arguments]})(data)
+
+    return edit
+
+
+def normalised_nothing(data: Data) -> None:
+    tensor = data["stages"][0]["attributes"]["position"]["tensor"]
+    data["tensors"][tensor]["data"] = torch.zeros(0, 4, 4, dtype=torch.float64)
+    position = {"node": "stages_0_position"}
+    calls("aten._weight_norm.default", position, position)(data)
+
+
+def empty_step(data: Data) -> None:
+    name = next(iter(data["modules"][2]["tensors"]))
+    calls_slice = {"tuple": [{"node": name}, 0, 0, 0]}
+    computed("steps", 0, "target", "aten.slice.Tensor")(data)
+    computed("steps", 0, "args", calls_slice)(data)
+    computed("steps", 0, "kwargs", {})(data)
+
+
 class Own:
     """A class of outputs that nobody registered."""
 
@@ -615,6 +646,49 @@ CASES = {
         ARGS,
         "a power",
         "has a number above 64",
+    ),
+    "turns": attention(
+        calls("aten.linalg_matrix_power.default", NODE, 10**9),
+        ARGS,
+        "aten.linalg_matrix_power.default",
+        "has a number above",
+    ),
+    "recurrent with other arguments": attention(
+        calls("aten.lstm.input", NODE),
+        ARGS,
+        "aten.lstm.input",
+        "is used in a way that no network uses it",
+    ),
+    "recurrent without weights": attention(
+        calls("aten.lstm.input", NODE, [], [], True, 1, 0.0, False, False, False),
+        ARGS,
+        "aten.lstm.input",
+        "has not the weights of 1 layers",
+    ),
+    "recurrent without states": attention(
+        calls("aten.lstm.input", NODE, [], [NODE] * 4, True, 1, 0.0, False, False, False),
+        ARGS,
+        "aten.lstm.input",
+        "has not two states",
+    ),
+    "normalised value": attention(
+        calls("aten._weight_norm.default", NODE, NODE),
+        "stages[0].graph",
+        "gelu_default",
+        "normalises something else than a parameter",
+    ),
+    "normalised nothing": attention(
+        normalised_nothing,
+        "stages[0].graph",
+        "gelu_default",
+        "normalises a parameter without elements",
+    ),
+    "computed from no elements": of(
+        "original",
+        empty_step,
+        "modules[2].arguments",
+        "'value0'",
+        "in its weight has no elements",
     ),
     # operators
     "no operator's name": attention(

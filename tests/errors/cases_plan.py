@@ -215,7 +215,7 @@ CASES = {
         "spec.json: resolutions",
         '"large"',
         "is no resolution",
-        "write height and width as in 32x32, or a number of positions as in 49",
+        "write height and width as in 32x32, after the depth as in 8x32x32, or a number of ",
         resolutions={"large": {"concat": "all"}},
     ),
     "unknown key": data("spec.json", '"stagse"', "unknown key", 'did you mean "stages"?', stagse=3),

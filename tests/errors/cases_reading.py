@@ -510,6 +510,9 @@ CASES = {
     "attribute over a method": unsound(
         held("forward", 5), "forward", "hides what Sequential defines under that name"
     ),
+    "name of Python's": unsound(
+        held("__wrapped__", 5), "__wrapped__", "is a name that Python uses itself"
+    ),
     "lists in one another": unsound(
         held("a", in_lists(110)), "a: more than", "100 lists or dicts lie in one another"
     ),
