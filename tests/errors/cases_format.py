@@ -192,7 +192,9 @@ def calls(name: str, *arguments: Any) -> Callable[[Data], None]:
     """Node 23 calls an operator."""
 
     def encoded(value: Any) -> Any:
-        return {"list": [encoded(v) for v in value]} if isinstance(value, list) else value
+        if isinstance(value, list):
+            return {"list": [encoded(v) for v in value]}
+        return copy.copy(value)
 
     def edit(data: Data) -> None:
         target(name)(data)
