@@ -17,7 +17,9 @@ from tests.errors import (
     cases_capture,
     cases_commands,
     cases_format,
+    cases_graphs,
     cases_passes,
+    cases_pickles,
     cases_plan,
     cases_reading,
 )
@@ -37,6 +39,8 @@ TABLES = (
     cases_capture,
     cases_passes,
     cases_format,
+    cases_graphs,
+    cases_pickles,
     cases_reading,
     cases_commands,
 )

@@ -18,7 +18,7 @@ from s2d_compiler import cli, load, output
 from s2d_compiler.errors import OutOfMemoryError, OutputError, S2DError, UsageError
 from s2d_compiler.output import atomic_write, check_writable
 from tests.errors.case import Case
-from tests.errors.cases_format import FOLDER
+from tests.errors.stored import FOLDER
 
 PLAN = {"stages": 2, "groups": 4, "default": {"split": [2], "concat": "all"}}
 
