@@ -240,7 +240,7 @@ def _check_not_empty(node: fx.Node, root: nn.Module, row: Fields) -> None:
 
 def _assign(root: nn.Module, target: str, value: Any, saved: bool, row: Fields) -> None:
     parts = target.split(".")
-    if not is_plain_name(target) or any(is_reserved(part) for part in parts):
+    if not is_plain_name(target) or is_reserved(target):
         damaged(row.place, f"{shown(target)} is no name, or one that torch uses itself")
     if len(parts) > 60:
         damaged(row.place, f"{shown(target)} has more than 60 parts")

@@ -244,6 +244,14 @@ def test_every_lie_is_refused_with_a_sentence(data: Data, tmp_path: Path, name: 
     assert re.search(message, text), text
 
 
+@pytest.mark.parametrize("name", ["a.graph", "a.code.meta", "input_1", "torch", "self_"])
+def test_names_that_only_look_taken(data: Data, tmp_path: Path, name: str) -> None:
+    renamed("call_module", name)(data)
+    torch.save(data, tmp_path / "dyn.pt")
+    outputs = load(tmp_path / "dyn.pt")(torch.randn(2, 3, 8, 8))
+    assert len(outputs) == 2
+
+
 COMPUTED: dict[str, tuple[Change, str]] = {
     "huge": (huge_step, "its weight and bias are|cannot be computed"),
     "writing": (lambda d: steps(d)[0].update(target="aten.relu_.default"), "not pure"),
