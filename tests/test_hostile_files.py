@@ -252,11 +252,24 @@ def test_names_that_only_look_taken(data: Data, tmp_path: Path, name: str) -> No
     assert len(outputs) == 2
 
 
+def empty_norm(data: Data) -> None:
+    """Weight norm of a parameter without elements, beside the one that the weight is."""
+    row = module_of(data, "ComputedLayer")
+    row["tensors"]["none"] = {"tensor": len(data["tensors"]), "saved": True}
+    empty = {"data": torch.zeros(0), "parameter": True, "requires_grad": False}
+    data["tensors"].append(empty)
+    norm = next(step for step in steps(data) if step["target"] == "aten._weight_norm.default")
+    steps(data).append(
+        {**norm, "name": "more", "args": {"tuple": [{"node": "none"}, {"node": "none"}, 0]}}
+    )
+
+
 COMPUTED: dict[str, tuple[Change, str]] = {
     "huge": (huge_step, "its weight and bias are|cannot be computed"),
     "writing": (lambda d: steps(d)[0].update(target="aten.relu_.default"), "not pure"),
     "file": (lambda d: steps(d)[0].update(target="aten.from_file.default"), "not pure"),
     "itself": (lambda d: steps(d)[0].update(args={"tuple": [{"node": "value0"}]}), "comes later"),
+    "norm of nothing": (empty_norm, "whose norm is taken, has no elements|cannot be computed"),
     "no weight": (
         lambda d: module_of(d, "ComputedLayer")["arguments"].update(weight="nothing"),
         "none of its values",
