@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 # One test process per core, and one thread in each: the tests mostly trace graphs in Python.
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
-.PHONY: help venv lint test mutants zoo zoo-table errors-page compile-time faults demo clean
+.PHONY: help venv lint test fuzz mutants zoo zoo-table errors-page compile-time faults demo clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -39,6 +39,11 @@ test: lint ## Everything that a change must pass
 
 mutants: $(STAMP) ## Verification against thousands of changed networks (make test tries a few hundred)
 	S2D_MUTANTS=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -q tests/test_network_mutations.py
+
+fuzz: $(STAMP) ## Files and plans damaged at random, an hour and a half; findings in fuzzing-*.log
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing files --minutes 60
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing operators --minutes 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing plans --minutes 15
 
 zoo: $(STAMP) ## Every classification model of torchvision (make test tries an eighth, by the day)
 	S2D_ZOO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_zoo.py tests/test_interfaces.py

@@ -16,6 +16,7 @@ from s2d_compiler.errors import FormatError
 from s2d_compiler.fields import Fields, as_number, as_text, damaged, shown
 from s2d_compiler.graph_codec import decode_graph
 from s2d_compiler.module_codec import decode_module
+from s2d_compiler.operator_names import WEIGHT_NORMS
 from s2d_compiler.plan import Plan
 from s2d_compiler.program import is_plain_name, is_reserved
 from s2d_compiler.provenance import Positions, Slice
@@ -215,7 +216,7 @@ def _stage(
             damaged(
                 row.at("graph"), f"{node.name!r} reads {shown(node.target)}, which is not there"
             )
-        if node.target in _WEIGHT_NORMS:
+        if node.target in WEIGHT_NORMS:
             _check_not_empty(node, root, row)
     graph.lint()
     result = graph_module(root, graph, f"Stage{number}")
@@ -223,14 +224,8 @@ def _stage(
     return result
 
 
-_WEIGHT_NORMS = (
-    torch.ops.aten._weight_norm.default,
-    torch.ops.aten._weight_norm_interface.default,
-)
-
-
 def _check_not_empty(node: fx.Node, root: nn.Module, row: Fields) -> None:
-    """torch divides by the size of a weight without looking at it."""
+    """Require a weight norm of a parameter that has elements."""
     weight = node.args[0] if node.args else None
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         damaged(row.at("graph"), f"{node.name} normalises something else than a parameter")
@@ -240,7 +235,7 @@ def _check_not_empty(node: fx.Node, root: nn.Module, row: Fields) -> None:
 
 def _assign(root: nn.Module, target: str, value: Any, saved: bool, row: Fields) -> None:
     parts = target.split(".")
-    if not is_plain_name(target) or any(is_reserved(part) for part in parts):
+    if not is_plain_name(target) or is_reserved(target):
         damaged(row.place, f"{shown(target)} is no name, or one that torch uses itself")
     if len(parts) > 60:
         damaged(row.place, f"{shown(target)} has more than 60 parts")

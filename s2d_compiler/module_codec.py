@@ -24,7 +24,7 @@ from s2d_compiler.computed import (
 from s2d_compiler.errors import FormatError
 from s2d_compiler.fields import Fields, damaged, shown
 from s2d_compiler.graph_codec import decode, decode_keywords, encode
-from s2d_compiler.operator_names import operator_from_name, operator_to_name
+from s2d_compiler.operator_names import WEIGHT_NORMS, operator_from_name, operator_to_name
 from s2d_compiler.program import is_plain_name
 
 # -- arguments and what they may be --------------------------------------------------------------
@@ -272,12 +272,13 @@ def _check_shapes(module: ComputedLayer, place: str) -> None:
         with FakeTensorMode(), torch.no_grad():
             values = expression.values({k: _empty(t) for k, t in module.tensors().items()})
         given = [tuple(values[name].shape) for name in wanted]
-        empty = [k for k, v in values.items() if isinstance(v, torch.Tensor) and not v.numel()]
+        normed = [s for s in expression.steps if s.target in WEIGHT_NORMS]
+        empty = [n for step in normed for n in step.operands() if not values[n].numel()]
     except Exception as error:
         problem = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
         damaged(place, f"its weight cannot be computed ({problem})")
     expected = [weight_shape(module), weight_shape(module)[:1]][: len(given)]
     if empty:
-        damaged(place, f"{shown(empty[0])} in its weight has no elements")
+        damaged(place, f"{shown(empty[0])}, whose norm is taken, has no elements")
     if given != expected:
         damaged(place, f"its weight and bias are {given}, not {expected}")

@@ -200,6 +200,11 @@ def _numbers(value: Any) -> Iterator[int]:
         yield value
 
 
+#: Operators that divide by the size of their operand without looking at it.
+WEIGHT_NORMS = (
+    torch.ops.aten._weight_norm.default,
+    torch.ops.aten._weight_norm_interface.default,
+)
 #: Operators that loop as often as they are told, whatever the size of their operands.
 _LOOPS = ("aten::adaptive_", "aten::_adaptive_", "aten::matrix_power", "aten::linalg_matrix_power")
 _TURNS = 2**16

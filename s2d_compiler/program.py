@@ -137,9 +137,13 @@ def is_plain_name(path: str) -> bool:
     )
 
 
-def is_reserved(name: str) -> bool:
-    """Whether a module of torch's own uses a name."""
-    return name in _RESERVED
+_TAKEN = frozenset(dir(nn.Module()))
+
+
+def is_reserved(path: str) -> bool:
+    """Whether a graph module, or a module inside it, uses a part of a path itself."""
+    first, *inside = path.split(".")
+    return first in _RESERVED or not _TAKEN.isdisjoint(inside)
 
 
 def safe_name(path: str) -> str:

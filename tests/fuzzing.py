@@ -2,6 +2,7 @@
 
     python -m tests.fuzzing files --minutes 60 --seed 1
     python -m tests.fuzzing plans --minutes 15
+    python -m tests.fuzzing operators --minutes 15
     python -m tests.fuzzing files --seed 1 --only 12345     # one case again, with its traceback
 
 Each case is a file that a seed and a number stand for. Reading it must end in the package's own
@@ -32,7 +33,8 @@ from s2d_compiler import Plan, load, transform
 from s2d_compiler.errors import FormatError, ModelFileError, PlanError
 from s2d_compiler.format import load_to_show, to_data
 from s2d_compiler.reading import read_model
-from tests.mutations import as_json, mutated, mutated_archive
+from tests.mutations import as_json, copy_containers, mutated, mutated_archive
+from tests.random_calls import odd_operands, random_call
 
 #: Memory beyond what the process holds when the cases begin, in bytes.
 MEMORY = 2 << 30
@@ -190,6 +192,29 @@ def files(folder: Path) -> Case:
     return case
 
 
+def operators(folder: Path) -> Case:
+    """Compiled files with a call of any permitted operator, on any operands; all are run."""
+    (data, inputs, keywords), *_ = compiled()
+    path = folder / "call.pt"
+
+    def case(pick: random.Random) -> str:
+        changed = copy_containers(data)
+        operands = odd_operands(pick)
+        stage = changed["stages"][0]
+        names = [f"operand{number}" for number in range(len(operands))]
+        rows = []
+        for name, operand in zip(names, operands, strict=True):
+            stage["attributes"][name] = {"tensor": len(changed["tensors"]), "saved": True}
+            changed["tensors"].append({"data": operand, "parameter": False, "requires_grad": False})
+            rows.append({"name": name, "op": "get_attr", "target": name, "args": {"tuple": []}})
+        call = {"name": "call", "op": "call_function", **random_call(names, pick)}
+        stage["graph"][-1:-1] = [*rows, call]
+        torch.save(changed, path)
+        return _read_compiled(path, inputs, keywords, show=False)
+
+    return case
+
+
 def _read_model(path: Path) -> str:
     try:
         model = read_model(path)
@@ -287,9 +312,14 @@ def run(case: Case, seed: int, minutes: float, log: Path, first: int = 0) -> int
     return defects
 
 
+def make_case(what: str, folder: Path) -> Case:
+    """The cases of one kind; they write into a folder."""
+    return plans() if what == "plans" else {"files": files, "operators": operators}[what](folder)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["plans", "files"])
+    parser.add_argument("what", choices=["plans", "files", "operators"])
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
@@ -298,7 +328,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        case = plans() if options.what == "plans" else files(Path(folder))
+        case = make_case(options.what, Path(folder))
         if options.only is not None:
             limit_memory()
             faulthandler.enable()

@@ -229,7 +229,7 @@ def test_files_that_claim_to_be_large(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["plans", "files"])
 def test_random_damage(what: str, tmp_path: Path) -> None:
     """A few hundred cases of ``python -m tests.fuzzing``; more with S2D_FUZZ."""
-    case = fuzzing.plans() if what == "plans" else fuzzing.files(tmp_path)
+    case = fuzzing.make_case(what, tmp_path)
     few = 1000 if what == "plans" else 150
     count = int(os.environ.get("S2D_FUZZ", "0")) or few
     outcomes = [fuzzing.run_case(case, 0, number) for number in range(count)]

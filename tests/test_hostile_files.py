@@ -227,7 +227,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
         ),
         "the slice is not of the shape",
     ),
-    "version": (put("version", True), "has format True"),
+    "version": (put("version", True), "its format has version True"),
     "format": (put("format", ["s2d"]), "is not a dyn.pt"),
     **{
         f"structure: {name}": (put("output_spec", row), message)
@@ -244,11 +244,32 @@ def test_every_lie_is_refused_with_a_sentence(data: Data, tmp_path: Path, name: 
     assert re.search(message, text), text
 
 
+@pytest.mark.parametrize("name", ["a.graph", "a.code.meta", "input_1", "torch", "self_"])
+def test_names_that_only_look_taken(data: Data, tmp_path: Path, name: str) -> None:
+    renamed("call_module", name)(data)
+    torch.save(data, tmp_path / "dyn.pt")
+    outputs = load(tmp_path / "dyn.pt")(torch.randn(2, 3, 8, 8))
+    assert len(outputs) == 2
+
+
+def empty_norm(data: Data) -> None:
+    """Weight norm of a parameter without elements, beside the one that the weight is."""
+    row = module_of(data, "ComputedLayer")
+    row["tensors"]["none"] = {"tensor": len(data["tensors"]), "saved": True}
+    empty = {"data": torch.zeros(0), "parameter": True, "requires_grad": False}
+    data["tensors"].append(empty)
+    norm = next(step for step in steps(data) if step["target"] == "aten._weight_norm.default")
+    steps(data).append(
+        {**norm, "name": "more", "args": {"tuple": [{"node": "none"}, {"node": "none"}, 0]}}
+    )
+
+
 COMPUTED: dict[str, tuple[Change, str]] = {
     "huge": (huge_step, "its weight and bias are|cannot be computed"),
     "writing": (lambda d: steps(d)[0].update(target="aten.relu_.default"), "not pure"),
     "file": (lambda d: steps(d)[0].update(target="aten.from_file.default"), "not pure"),
     "itself": (lambda d: steps(d)[0].update(args={"tuple": [{"node": "value0"}]}), "comes later"),
+    "norm of nothing": (empty_norm, "whose norm is taken, has no elements|cannot be computed"),
     "no weight": (
         lambda d: module_of(d, "ComputedLayer")["arguments"].update(weight="nothing"),
         "none of its values",
