@@ -38,10 +38,11 @@ def here(compiled: dict[str, DynamicModel]) -> dict[str, str]:
 
 
 def test_the_same_process_writes_the_same_bytes_with_more_threads(here: dict[str, str]):
+    names = list(here) if many() else ["wide residual", "wide standardised", "heads"]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert digests(compile_all()) == here
+        assert digests(compile_all(names)) == {name: here[name] for name in names}
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -55,6 +56,7 @@ def test_other_processes_write_the_same_bytes(here: dict[str, str], seed: str):
         "PYTHONPATH": str(ROOT),
         "PYTHONHASHSEED": seed,
         "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "passive",  # do not spin where other tests want the core
     }
     environment.pop("S2D_VERIFY_ALWAYS", None)
     done = subprocess.run(
