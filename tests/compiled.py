@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -65,8 +66,7 @@ def models() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
 
 def _models() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     kinds = {
-        "residual": ("residual", "shuffle", "padded", "dense"),
-        "attention": ("transformer",),
+        "residual": ("residual", "shuffle"),
         "computed": ("computed", "channels_last"),
     }
     image = (3, 8, 8)
@@ -89,12 +89,13 @@ def _models() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     return {name: (model.eval(), shape) for name, (model, shape) in made.items()}
 
 
-def compile_all() -> dict[str, DynamicModel]:
-    """Every network, compiled with its channels ordered by weight."""
+def compile_all(names: Collection[str] = ()) -> dict[str, DynamicModel]:
+    """Every network, or those of these names, compiled with its channels ordered by weight."""
     plan = {"stages": 3, "groups": 8, "default": {"split": [3, 6], "concat": "all"}, "order": "l1"}
     return {
         name: transform(model, plan | {"input_shape": list(shape)})
         for name, (model, shape) in models().items()
+        if not names or name in names
     }
 
 

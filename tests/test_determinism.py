@@ -19,7 +19,7 @@ from s2d_compiler.analysis.assignment import row_weights
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.format import _without_identity
 from s2d_compiler.tracing import capture
-from tests.compiled import WideStandardised, compile_all, digests, file_of, models
+from tests.compiled import compile_all, digests, file_of, models
 from tests.faults import many
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,10 +38,11 @@ def here(compiled: dict[str, DynamicModel]) -> dict[str, str]:
 
 
 def test_the_same_process_writes_the_same_bytes_with_more_threads(here: dict[str, str]):
+    names = list(here) if many() else ["wide residual", "wide standardised", "heads"]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert digests(compile_all()) == here
+        assert digests(compile_all(names)) == {name: here[name] for name in names}
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -55,6 +56,7 @@ def test_other_processes_write_the_same_bytes(here: dict[str, str], seed: str):
         "PYTHONPATH": str(ROOT),
         "PYTHONHASHSEED": seed,
         "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "passive",  # do not spin where other tests want the core
     }
     environment.pop("S2D_VERIFY_ALWAYS", None)
     done = subprocess.run(
@@ -88,24 +90,19 @@ def test_texts_that_are_equal_are_one_and_containers_are_not_shared():
     assert found["y"][3] is given["y"][3]
 
 
-@pytest.mark.parametrize("layer", ["weight", "conv"])
-def test_weights_that_order_channels_do_not_depend_on_the_threads(layer: str):
-    """Rows with the same numbers in another order weigh the same up to rounding, so that the order
-    of additions decides between them."""
-    model = WideStandardised().eval()
-    program = capture(model, None, (3, 8, 8))
-    (name, *_) = [n for n, m in program.graph_module.named_modules() if _takes(m, layer)]
+def test_weights_that_order_channels_do_not_depend_on_the_threads():
+    """Sums decide which channels come first; the order of additions decides their last digit."""
+    torch.manual_seed(0)
+    pixels = 3 * 256 * 256
+    model = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 4), nn.ReLU(), nn.Linear(4, 4))
+    program = capture(model.eval(), None, (3, 256, 256))
     found = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(row_weights(program, name).tobytes())
+        found.append(row_weights(program, "1").tobytes())
     torch.set_num_threads(before)
-    assert len(set(found)) == 1
-
-
-def _takes(module: nn.Module, layer: str) -> bool:
-    return getattr(module, "in_channels", None) == {"weight": 3, "conv": 128}[layer]
+    assert found[0] == found[1] == found[2]
 
 
 def test_the_random_numbers_of_the_check_leave_no_trace(
