@@ -57,6 +57,7 @@ class Network:
         self.inputs = inputs
         self.provenance = dict(dyn.parts.provenance)
         self.features: dict[tuple[int, int], Any] = {}
+        self.handed: set[tuple[int, int]] = set()
         self.read: set[tuple[int, int]] = set()
 
     def run(self, number: int, *, keep: bool = False) -> StageRun:
@@ -99,6 +100,14 @@ class Network:
                     "or was not made from this model."
                 ) from error
         self.features.update({(number, k): value for k, value in enumerate(handed)})
+        self.handed.update((number, k) for k in range(len(handed)))
+        later = {
+            (where[1], where[2])
+            for interface in self.dyn.parts.interfaces[number + 1 :]
+            for where in interface.inputs
+            if where[0] == "feature"
+        }
+        self.features = {k: value for k, value in self.features.items() if k in later}
         return StageRun(values, tuple(leaves), tuple(handed), nodes, terms)
 
     def _value(

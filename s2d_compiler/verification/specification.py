@@ -47,7 +47,7 @@ class Specification:
         self.operators = operators
         self.inputs = inputs
         self.stage = 0
-        self.before: Environment = {}
+        self.before: Environment = {}  #: of the stage before, for nodes that are still to come
         self.leaves = {v for v in self.program.output_leaves if isinstance(v, fx.Node)}
         self.after = released(self.program.nodes)
 
@@ -83,6 +83,7 @@ class Specification:
                 found[node] = self._attribute(node)
             else:
                 found[node] = evaluate(node, found)
+            self.before.pop(node, None)
             for done in self.after.get(node, ()):
                 if done not in self.leaves and not is_kept(done):
                     del found[done]

@@ -249,7 +249,7 @@ class Expectation:
                     raise VerifyError(self._first_difference(dyn, number, k, want, mine))
             nodes += run.nodes
             terms += run.terms
-        unread = sorted(set(network.features) - network.read)
+        unread = sorted(network.handed - network.read)
         if unread:
             stage, position = unread[0]
             raise VerifyError(
