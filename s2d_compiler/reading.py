@@ -83,6 +83,8 @@ def _read_model(
         raise ModelFileError("--arch-kwargs are given without --arch; name the function they go to")
     with _open(path) as file:
         content = _read_content(path, file, trust)
+    if not trust:
+        _check_sound(str(path), content)
     found, where = _find_network(content)
     name = f'{path}, under "{where}"' if where else str(path)
     if isinstance(found, nn.Module):
@@ -359,10 +361,10 @@ def _describe(content: object) -> str:
     return f"an object of type {type(content).__name__}"
 
 
-def _check_sound(name: str, model: nn.Module) -> None:
+def _check_sound(name: str, content: object) -> None:
     """Before any code of its classes runs."""
     try:
-        check_sound(model)
+        check_sound(content)
     except UnsoundError as error:
         _fail(name, f"refused: {error}; {_REMEDY}", error)
     except RecursionError as error:

@@ -35,6 +35,7 @@ _TENSORS = (
 _PLAIN = (
     *(type(None), bool, int, float, complex, str, bytes, bytearray, slice, range),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+    *(torch.UntypedStorage, torch.TypedStorage, torch.qscheme),
     ReferenceType,  # recurrent layers make these of their own weights
 )
 _CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set, frozenset)
@@ -51,12 +52,20 @@ class UnsoundError(Exception):
     """Something lies where it does not belong; the message says what and where."""
 
 
-def check_sound(model: nn.Module) -> None:
-    """Look through a model without running any code of its classes.
+def check_sound(content: Any) -> None:
+    """Look through a model, or a checkpoint, without running any code of its classes.
 
     Raises:
         UnsoundError: naming the first place that holds what no saved model has there.
     """
+    if isinstance(content, nn.Module):
+        _check_model(content)
+    else:
+        _check_value(content, "the file", 0, set())
+
+
+def _check_model(model: nn.Module) -> None:
+    looked_at: set[int] = set()
     seen: set[int] = set()
     stack: list[tuple[str, nn.Module, int]] = [("", model, 0)]
     while stack:
@@ -66,12 +75,12 @@ def check_sound(model: nn.Module) -> None:
         seen.add(id(module))
         if depth > _DEEPEST:
             raise UnsoundError(f"more than {_DEEPEST} layers lie in one another at {path[:60]}")
-        for name, child in _check_module(path, module):
+        for name, child in _check_module(path, module, looked_at):
             stack.append((f"{path}.{name}".strip("."), child, depth + 1))
     _check_no_cycle(model)
 
 
-def _check_module(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _check_module(path: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
     held: dict[str, Any] = vars(module)
     place = path or "the model"
     for table in _TABLES:
@@ -96,17 +105,17 @@ def _check_module(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module
         for name, tensor in dict(held[table]).items():
             if tensor is not None and not isinstance(tensor, kinds):
                 raise UnsoundError(f"{_below(path, name)} is no {kinds.__name__.lower()}")
-            _check_value(tensor, _below(path, name), 0)
+            _check_value(tensor, _below(path, name), 0, seen)
     for name, value in held.items():
         if name not in _TABLES:
-            _check_attribute(module, name, value, _below(path, str(name)[:60]))
+            _check_attribute(module, name, value, _below(path, str(name)[:60]), seen)
 
 
 def _below(path: str, name: str) -> str:
     return f"{path}.{name}".strip(".")
 
 
-def _check_attribute(module: nn.Module, name: Any, value: Any, place: str) -> None:
+def _check_attribute(module: nn.Module, name: Any, value: Any, place: str, seen: set[int]) -> None:
     if type(name) is not str:
         raise UnsoundError(f"{place}: an attribute has a name that is no text")
     if "_hooks" in name and value:
@@ -115,7 +124,7 @@ def _check_attribute(module: nn.Module, name: Any, value: Any, place: str) -> No
         raise UnsoundError(f"{place} is a name that Python uses itself")
     if name not in _OWN and _is_code(getattr(type(module), name, None)):
         raise UnsoundError(f"{place} hides what {type(module).__name__} defines under that name")
-    _check_value(value, place, 0)
+    _check_value(value, place, 0, seen)
 
 
 def _is_code(defined: Any) -> bool:
@@ -123,48 +132,54 @@ def _is_code(defined: Any) -> bool:
     return callable(defined) or hasattr(type(defined), "__get__")
 
 
-def _check_value(value: Any, place: str, depth: int) -> None:
+def _check_value(value: Any, place: str, depth: int, seen: set[int]) -> None:
     """Plain data, tensors, layers (looked through elsewhere), and functions from the list."""
     if depth > _DEEPEST:
         raise UnsoundError(f"{place}: more than {_DEEPEST} lists or dicts lie in one another")
     kind = type(value)
     if kind in _PLAIN or isinstance(value, Enum | FunctionType | BuiltinFunctionType | type):
         return  # functions, classes and enumerations come from the list of what may be read
+    if id(value) in seen:
+        return
+    seen.add(id(value))
     if kind in _TENSORS:
-        _check_attributes(value, vars(value), place, depth)
+        _check_attributes(value, place, depth, seen)
     elif kind in _CONTAINERS:
         if kind is OrderedDict:
-            _check_attributes(value, vars(value), place, depth)
+            _check_attributes(value, place, depth, seen)
         for key in value:
-            _check_value(key, place, depth + 1)
+            _check_value(key, place, depth + 1, seen)
         for item in value.values() if isinstance(value, dict) else ():
-            _check_value(item, place, depth + 1)
+            _check_value(item, place, depth + 1, seen)
     elif kind is functools.partial:
-        _check_value((value.func, value.args, value.keywords), place, depth + 1)
-        _check_attributes(value, vars(value), place, depth)
+        for part in (value.func, value.args, value.keywords):
+            _check_value(part, place, depth + 1, seen)
+        _check_attributes(value, place, depth, seen)
     elif kind is Namespace:
-        _check_attributes(value, vars(value), place, depth)
+        _check_attributes(value, place, depth, seen)
     elif isinstance(value, nn.Module):
-        _check_elsewhere(value, place, depth)
-    else:
+        _check_elsewhere(value, place, depth, seen)
+    elif kind not in torch.serialization.get_safe_globals():
         raise UnsoundError(
             f"{place} is a {kind.__module__}.{kind.__qualname__}, which is no setting"
         )
 
 
-def _check_elsewhere(module: nn.Module, place: str, depth: int) -> None:
+def _check_elsewhere(module: nn.Module, place: str, depth: int, seen: set[int]) -> None:
     """A layer that lies in an attribute or a list, not among the layers of its parent."""
     if depth > _DEEPEST // 4:
         raise UnsoundError(f"{place}: layers lie in one another too deeply")
-    for name, child in _check_module(place, module):
-        _check_elsewhere(child, _below(place, name), depth + 1)
+    for name, child in _check_module(place, module, seen):
+        if id(child) not in seen:
+            seen.add(id(child))
+            _check_elsewhere(child, _below(place, name), depth + 1, seen)
 
 
-def _check_attributes(value: Any, held: dict[Any, Any], place: str, depth: int) -> None:
-    for name, item in held.items():
+def _check_attributes(value: Any, place: str, depth: int, seen: set[int]) -> None:
+    for name, item in vars(value).items():
         if type(name) is not str or hasattr(type(value), name):
             raise UnsoundError(f"{place} hides what its class defines under {shown(name)}")
-        _check_value(item, place, depth + 1)
+        _check_value(item, place, depth + 1, seen)
 
 
 def _check_no_cycle(model: nn.Module) -> None:

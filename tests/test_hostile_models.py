@@ -118,6 +118,24 @@ def test_what_lies_where_it_does_not_belong(tmp_path: Path, name: str) -> None:
     assert message in refusal(path)
 
 
+def test_mappings_with_methods_of_their_own(tmp_path: Path) -> None:
+    state = model().state_dict()
+    state.__dict__["get"] = CALL
+    torch.save({"model": state}, tmp_path / "model.pt")
+    assert "hides what its class defines under 'get'" in refusal(tmp_path / "model.pt")
+
+
+def test_settings_that_double_at_every_level(tmp_path: Path) -> None:
+    network, value = model(), []
+    for _ in range(60):
+        value = [value, value]
+    vars(network[0])["setting"] = value
+    torch.save(network, tmp_path / "model.pt")
+    read_model(tmp_path / "model.pt")
+    torch.save({"a": value}, tmp_path / "model.pt")
+    assert "neither a network nor a state dict" in refusal(tmp_path / "model.pt")
+
+
 @pytest.mark.parametrize(
     "build",
     [
