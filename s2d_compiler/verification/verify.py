@@ -192,7 +192,7 @@ class Expectation:
         self.assignment = assignment
         self.operators = Operators(Keys())
         program = assignment.program
-        batch = program.batch or SAMPLE_BATCH
+        batch = program.batch or 3
         self.inputs = [
             Value(self.operators.keys.elements(_of_input(k, len(shape) + 1), (batch, *shape)))
             for k, shape in enumerate(program.input_shapes)
