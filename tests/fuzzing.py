@@ -33,7 +33,7 @@ from s2d_compiler import Plan, load, transform
 from s2d_compiler.errors import FormatError, ModelFileError, PlanError
 from s2d_compiler.format import load_to_show, to_data
 from s2d_compiler.reading import read_model
-from tests.mutations import as_json, copy_containers, mutated, mutated_archive
+from tests.data_mutations import as_json, copy_containers, mutated, mutated_archive
 from tests.random_calls import odd_operands, random_call
 
 #: Memory beyond what the process holds when the cases begin, in bytes.

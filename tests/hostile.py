@@ -14,7 +14,7 @@ from s2d_compiler import load
 from s2d_compiler.errors import FormatError
 from s2d_compiler.format import load_to_show
 from tests import fuzzing
-from tests.mutations import copy_containers
+from tests.data_mutations import copy_containers
 
 Data = dict[str, Any]
 Change = Callable[[Data], object]

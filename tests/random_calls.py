@@ -10,7 +10,7 @@ import torch
 
 from s2d_compiler.errors import FormatError
 from s2d_compiler.operator_names import operator_from_name
-from tests.mutations import OPERATORS
+from tests.data_mutations import OPERATORS
 
 _SMALL = [0, 1, 2, 3, 4, 8, -1, -2]
 _LARGE = [100, 2**15, 10**9, 2**31 - 1, 2**31, 2**40, 2**63 - 1, -(2**31), -(2**63 - 1)]

@@ -18,6 +18,7 @@ import torch
 from s2d_compiler import load
 from s2d_compiler.errors import FormatError
 from tests import fuzzing
+from tests.data_mutations import archive_of
 from tests.hostile import (
     Change,
     Data,
@@ -30,7 +31,6 @@ from tests.hostile import (
     refusal_of,
     tensor,
 )
-from tests.mutations import archive_of
 
 
 @pytest.fixture

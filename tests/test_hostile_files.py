@@ -13,6 +13,7 @@ import torch
 from s2d_compiler import load
 from s2d_compiler.errors import FormatError
 from s2d_compiler.operator_names import operator_from_name
+from tests.data_mutations import OPERATORS, deep, quantized
 from tests.hostile import (
     Change,
     Data,
@@ -27,7 +28,6 @@ from tests.hostile import (
     steps,
     tensor,
 )
-from tests.mutations import OPERATORS, deep, quantized
 
 
 @pytest.fixture

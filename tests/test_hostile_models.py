@@ -19,7 +19,7 @@ from torch import nn
 
 from s2d_compiler.errors import ModelFileError
 from s2d_compiler.reading import read_model
-from tests.mutations import archive_of
+from tests.data_mutations import archive_of
 
 CALL = functools.partial(nn.Linear, 10**9, 10**9)
 """What a pickle can make of what may be read: a call that would take four exabytes."""

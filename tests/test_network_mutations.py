@@ -48,7 +48,7 @@ class Subject:
 
     program: Program
     data: dict[str, Any]
-    expectation: Expectation
+    expectations: list[Expectation]
     inputs: tuple[torch.Tensor, ...]
     outputs: list[torch.Tensor]
 
@@ -73,15 +73,15 @@ def subject(name: str) -> Subject:
     plan = PLANS[SUBJECTS.index(name) % len(PLANS)]
     dyn = compile_program(program, Plan.from_dict(plan))
     verify_captured(program, dyn)
-    expectation = Expectation.of(program, dyn.plan)
-    return Subject(program, to_data(dyn), expectation, (x,), _outputs(dyn, (x,)))
+    expectations = Expectation.all_of(program, dyn.plan)
+    return Subject(program, to_data(dyn), expectations, (x,), _outputs(dyn, (x,)))
 
 
 def accepted(subject: Subject, data: dict[str, Any]) -> str | None:
     """Why verification refuses a file, or None."""
     try:
         dyn = from_data(data, "dyn.pt")
-        verify_captured(subject.program, dyn, expectation=subject.expectation)
+        verify_captured(subject.program, dyn, expectations=subject.expectations)
     except (FormatError, VerifyError, PlanError) as error:
         return str(error)
     return None

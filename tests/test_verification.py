@@ -169,3 +169,42 @@ def test_the_command_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "--trained" in capsys.readouterr().err
     assert main([*words, "--trained"]) == 0
     assert "1 of" in capsys.readouterr().out
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def _put_before_head(dyn: DynamicModel, target: Any, *args: Any) -> None:
+    """Insert an operator before the head of the first stage."""
+    stage: Any = dyn.stages[0]
+    head = next(n for n in stage.graph.nodes if n.target == "head")
+    operand = head.args[0]
+    with stage.graph.inserting_before(head):
+        head.args = (stage.graph.call_function(target, (operand, *args)),)
+    stage.recompile()
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        (torch.ops.aten.roll.default, ([2], [0])),  # nothing for a batch of 2
+        (torch.ops.aten.roll.default, ([3], [0])),
+        (torch.ops.aten.slice.Tensor, (0, 0, 1000)),  # nothing for a small batch
+        (torch.ops.aten.expand.default, ([2, -1],)),
+    ],
+)
+def test_what_is_right_for_some_batches_only_is_refused(target: Any, args: tuple[Any, ...]) -> None:
+    model = Small()
+    dyn = compiled(model)
+    _put_before_head(dyn, target, *args)
+    with pytest.raises(VerifyError, match=r"stage 1|a batch of 1000003"):
+        verify(model, dyn)
+
+
+def test_a_half_model_is_verified_as_it_was_compiled() -> None:
+    model = Small().bfloat16()
+    plan = Plan.from_dict(
+        {"stages": 2, "groups": 8, "default": {"split": [4], "concat": "all"},
+         "input_shape": [3, 8, 8]}
+    )  # fmt: skip
+    assert verify(model, transform(model, plan)).stages == 2

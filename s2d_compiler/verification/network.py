@@ -94,10 +94,9 @@ class Network:
                 raise VerifyError(f"{place(number, node)}: {error}.") from error
             except (RuntimeError, TypeError, ValueError, LookupError, AttributeError,
                     AssertionError, StopIteration, NotImplementedError) as error:  # fmt: skip
-                reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise VerifyError(
-                    f"{place(number, node)} cannot be followed: {reason[0]}; the file is damaged, "
-                    "or was not made from this model."
+                    f"{place(number, node)} cannot be followed: {first_line(error)}; the file is "
+                    "damaged, or was not made from this model."
                 ) from error
         self.features.update({(number, k): value for k, value in enumerate(handed)})
         self.handed.update((number, k) for k in range(len(handed)))
@@ -167,3 +166,8 @@ def place(number: int, node: fx.Node) -> str:
     """A node as messages name it."""
     kind = str(node.target) if node.op != "placeholder" else "input"
     return f"stage {number + 1}, node {node.name!r} ({kind})"
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without what follows."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

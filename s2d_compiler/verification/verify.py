@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,16 +21,21 @@ from s2d_compiler.analysis.channels import analyse_channels
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import PlanError, VerifyError
 from s2d_compiler.plan import Plan
-from s2d_compiler.program import SAMPLE_BATCH, Program
+from s2d_compiler.program import Program
 from s2d_compiler.provenance import Slice
 from s2d_compiler.structure import encode_structure
 from s2d_compiler.submodules import part_of
 from s2d_compiler.tracing import capture
-from s2d_compiler.verification.network import Network, StageRun, place
+from s2d_compiler.verification.network import Network, StageRun, first_line, place
 from s2d_compiler.verification.operators import Operators, Value
 from s2d_compiler.verification.specification import Environment, Specification, terms_of
 from s2d_compiler.verification.terms import Keys
 from s2d_compiler.verification.weights import Weights, compare_weights
+
+#: Two sizes that tell a batch from a number in a graph, and neighbours in it from each other.
+BATCHES = (2, 3)
+#: A prime, larger than what a graph cuts off.
+LARGE_BATCH = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Verification:
     Attributes:
         stages: Number of stages, all of which compute what the plan says.
         nodes: Number of graph nodes that were followed.
-        terms: Number of numbers that the stages compute, for a batch of two.
+        terms: Number of numbers that were followed through the stages.
         weights: Which tensors hold the original's numbers.
     """
 
@@ -86,7 +92,7 @@ def verify_captured(
     dyn: DynamicModel,
     *,
     trained: bool = False,
-    expectation: Expectation | None = None,
+    expectations: Sequence[Expectation] = (),
 ) -> Verification:
     """Like ``verify``, against a program that was captured before.
 
@@ -94,13 +100,16 @@ def verify_captured(
         program: The original.
         dyn: The network.
         trained: As in ``verify``.
-        expectation: What the program and a plan make, if that is known.
+        expectations: What the program and a plan make, if that is known.
     """
     _compare_interfaces(dyn, program)
-    if expectation is None or expectation.assignment.plan != dyn.plan:
-        expectation = Expectation.of(program, dyn.plan)
-    _compare_owners(expectation.assignment, dyn)
-    nodes, terms = expectation.compare(dyn)
+    if not expectations or expectations[0].assignment.plan != dyn.plan:
+        expectations = Expectation.all_of(program, dyn.plan)
+    _compare_owners(expectations[0].assignment, dyn)
+    nodes = terms = 0
+    for expectation in expectations:
+        nodes, more = expectation.compare(dyn)
+        terms += more
     weights = compare_weights(dyn, program)
     if weights.changed and not trained:
         raise VerifyError(
@@ -109,7 +118,8 @@ def verify_captured(
             "what the stages compute with them is what the plan says. If the network was trained "
             "since, say so (--trained, trained=True)."
         )
-    _compare_costs(dyn, program, expectation.original)
+    _compare_sizes(dyn, program)
+    _compare_costs(dyn, program, expectations[0].original)
     return Verification(len(dyn.stages), nodes, terms, weights)
 
 
@@ -119,17 +129,20 @@ def _captured(
     example_inputs: Sequence[Any] | None,
     example_kwargs: Mapping[str, Any] | None,
 ) -> Program:
+    parts = dyn.parts
     if example_inputs is None and example_kwargs is None:
+        if parts.batch is None and parts.input_spec is None and len(parts.input_shapes) == 1:
+            return capture(part, None, parts.input_shapes[0])
         first = next((t for t in part.parameters() if t.is_floating_point()), torch.zeros(()))
-        batch = dyn.parts.batch or SAMPLE_BATCH
+        batch = parts.batch or BATCHES[0]
         tensors = [
             torch.zeros(batch, *shape, dtype=first.dtype, device=first.device)
-            for shape in dyn.parts.input_shapes
+            for shape in parts.input_shapes
         ]
-        if dyn.parts.input_spec is None:
+        if parts.input_spec is None:
             example_inputs = tensors
         else:
-            args, kwargs = pytree.tree_unflatten(tensors, dyn.parts.input_spec)
+            args, kwargs = pytree.tree_unflatten(tensors, parts.input_spec)
             example_inputs, example_kwargs = args, kwargs
     return capture(part, example_inputs, None, example_kwargs)
 
@@ -186,13 +199,14 @@ class Expectation:
 
     Args:
         assignment: The model's program, its channels, the plan and the owners.
+        batch: Size of the batch, where the model leaves it free.
     """
 
-    def __init__(self, assignment: StageAssignment):
+    def __init__(self, assignment: StageAssignment, batch: int = BATCHES[0]):
         self.assignment = assignment
         self.operators = Operators(Keys())
         program = assignment.program
-        batch = program.batch or 3
+        batch = program.batch or batch
         self.inputs = [
             Value(self.operators.keys.elements(_of_input(k, len(shape) + 1), (batch, *shape)))
             for k, shape in enumerate(program.input_shapes)
@@ -204,14 +218,16 @@ class Expectation:
             self.exits.append([found[v] if isinstance(v, fx.Node) else v for v in leaves])
 
     @classmethod
-    def of(cls, program: Program, plan: Plan) -> Expectation:
-        """What a plan makes of a captured model.
+    def all_of(cls, program: Program, plan: Plan) -> list[Expectation]:
+        """What a plan makes of a captured model, for batches of several sizes.
 
         Raises:
             VerifyError: The plan does not fit the model.
         """
+        batches = BATCHES[:1] if program.batch is not None else BATCHES
         try:
-            return cls(assign(program, analyse_channels(program), plan))
+            assignment = assign(program, analyse_channels(program), plan)
+            return [cls(assignment, batch) for batch in batches]
         except PlanError as error:
             raise VerifyError(
                 f"its plan does not fit the model: {error}; it was made from another model."
@@ -319,6 +335,41 @@ def _first_difference(
     return f"stage {number + 1}, output {output + 1} is {mine!r}, the plan gives {want!r}."
 
 
+# -- what runs -------------------------------------------------------------------------------------
+
+
+def _compare_sizes(dyn: DynamicModel, program: Program) -> None:
+    """Run shapes alone, in a batch that no number in a graph stands for by chance."""
+    if program.batch is not None:
+        return
+    shapes = [(LARGE_BATCH, *shape) for shape in program.input_shapes]
+    types = [x.dtype for x in program.examples]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        inputs = tuple(torch.empty(s, dtype=t) for s, t in zip(shapes, types, strict=True))
+        try:
+            expected = _shapes(program.graph_module(*inputs))
+        except (RuntimeError, TypeError, NotImplementedError):
+            return  # an operator of the model decides by the values of tensors
+        try:
+            found = [_shapes(leaves) for leaves in dyn.exits_of(inputs)]
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise VerifyError(
+                f"it does not run on a batch of {LARGE_BATCH}, the model does: "
+                f"{first_line(error)}; a batch size stands in a stage's graph as a number."
+            ) from error
+    for number, shape in enumerate(found, start=1):
+        if shape != expected:
+            raise VerifyError(
+                f"stage {number} returns {shape} of a batch of {LARGE_BATCH}, the model "
+                f"{expected}; a batch size stands in the stage's graph as a number."
+            )
+
+
+def _shapes(outputs: Any) -> list[Any]:
+    leaves = pytree.tree_leaves(outputs)
+    return [tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in leaves]
+
+
 # -- costs -----------------------------------------------------------------------------------------
 
 
@@ -373,7 +424,13 @@ def _counting() -> Iterator[FlopCounterMode]:
 def _counted(dyn: DynamicModel, inputs: tuple[torch.Tensor, ...]) -> list[int]:
     """MACs of every stage in one run."""
     found: list[int] = []
-    with _counting() as counter:
-        for _ in dyn.exits_of(inputs):
-            found.append(int(counter.get_total_flops()) // 2 - sum(found))
+    try:
+        with _counting() as counter:
+            for _ in dyn.exits_of(inputs):
+                found.append(int(counter.get_total_flops()) // 2 - sum(found))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise VerifyError(
+            f"stage {len(found) + 1} does not run on a batch of {len(inputs[0])}: "
+            f"{first_line(error)}; the file is damaged, or was not made from this model."
+        ) from error
     return found
