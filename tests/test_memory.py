@@ -124,7 +124,7 @@ STEPS = {
     "s2d_compiler.checking.random_program": "the self-check, which runs the network in double",
     "s2d_compiler.checking.masked_outputs": "the self-check, which runs the network in double",
     "torch.save": "writing dyn.pt",
-    "s2d_compiler.cli._origin": "s2d-compile",
+    "s2d_compiler.commands.compiling._origin": "s2d-compile",
 }
 
 

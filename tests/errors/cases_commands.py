@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from s2d_compiler import cli, load, output
+from s2d_compiler.commands import running
 from s2d_compiler.errors import OutOfMemoryError, OutputError, S2DError, UsageError
 from s2d_compiler.output import atomic_write, check_writable
 from tests.errors.case import Case
@@ -35,16 +36,16 @@ def command(error: type[S2DError], words: str, *parts: str) -> Case:
         torch.save(nn.Conv2d(3, 8, 3), "model.pt")
         Path("spec.json").write_text(json.dumps(PLAN))
         Path("dyn.pt").write_bytes((FOLDER / "dyn-v1-original.pt").read_bytes())
-        with mock.patch.object(cli, "_fail", raising):
+        with mock.patch.object(running, "_fail", raising):
             return cli.main(words.split())
 
     return Case(trigger, error, *parts)
 
 
 def full_terminal(folder: Path) -> object:
-    with open("/dev/full", "w") as stream, mock.patch.object(cli, "_abandon_stdout"):
+    with open("/dev/full", "w") as stream, mock.patch.object(running, "_abandon_stdout"):
         try:
-            return cli._say(stream, "text")
+            return running._say(stream, "text")
         finally:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -1,0 +1,6 @@
+"""What the commands do, a module each.
+
+- ``options``: options that several commands share, and what a command returns.
+- ``compiling``, ``inspecting``, ``showing``, ``verifying``: the commands.
+- ``running``: runs one: prints what it found, and turns errors into sentences and exit statuses.
+"""
