@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,6 @@ import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from s2d_compiler.analysis.assignment import StageAssignment, assign
 from s2d_compiler.analysis.channels import analyse_channels
@@ -27,6 +24,13 @@ from s2d_compiler.submodules import part_of
 from s2d_compiler.tracing import capture
 from s2d_compiler.verification.network import Network, StageRun, place
 from s2d_compiler.verification.operators import Operators, Value
+from s2d_compiler.verification.runs import (
+    compare_costs,
+    compare_shapes,
+    cost_of_original,
+    in_evaluation_mode,
+    require_nothing_hidden,
+)
 from s2d_compiler.verification.specification import Environment, Specification, terms_of
 from s2d_compiler.verification.terms import Keys
 from s2d_compiler.verification.weights import Weights, compare_weights
@@ -96,6 +100,7 @@ def verify_captured(
         trained: As in ``verify``.
         expectation: What the program and a plan make, if that is known.
     """
+    require_nothing_hidden(dyn)
     _compare_interfaces(dyn, program)
     if expectation is None or expectation.assignment.plan != dyn.plan:
         expectation = Expectation.of(program, dyn.plan)
@@ -109,7 +114,9 @@ def verify_captured(
             "what the stages compute with them is what the plan says. If the network was trained "
             "since, say so (--trained, trained=True)."
         )
-    _compare_costs(dyn, program, expectation.original)
+    with in_evaluation_mode(dyn):
+        compare_shapes(dyn, program)
+        compare_costs(dyn, program, expectation.original)
     return Verification(len(dyn.stages), nodes, terms, weights)
 
 
@@ -197,7 +204,7 @@ class Expectation:
             Value(self.operators.keys.elements(_of_input(k, len(shape) + 1), (batch, *shape)))
             for k, shape in enumerate(program.input_shapes)
         ]
-        self.original = _cost_of_original(program)
+        self.original = cost_of_original(program)
         self.exits: list[list[Any]] = []
         for found in self._environments(keep=False):
             leaves = program.output_leaves
@@ -317,63 +324,3 @@ def _first_difference(
             "not the ones at their place; values are swapped or missing."
         )
     return f"stage {number + 1}, output {output + 1} is {mine!r}, the plan gives {want!r}."
-
-
-# -- costs -----------------------------------------------------------------------------------------
-
-
-def _compare_costs(dyn: DynamicModel, program: Program, original: int) -> None:
-    """Count what runs."""
-    batch = program.batch or 1
-    counted, total = _counted(dyn, _samples(program)), 0
-    for number, (macs, stage) in enumerate(zip(counted, dyn.cost.stages, strict=True), start=1):
-        total += macs // batch
-        if (stage.macs, stage.cumulative_macs) != (macs // batch, total):
-            raise VerifyError(
-                f"stage {number} is said to cost {stage.macs:,} MACs ({stage.cumulative_macs:,} "
-                f"with the earlier ones); it runs {macs // batch:,} ({total:,})."
-            )
-        rows = sum(row.macs for row in stage.layers)
-        if rows != stage.macs:
-            raise VerifyError(
-                f"stage {number} is said to cost {stage.macs:,} MACs, its layers {rows:,}."
-            )
-    if dyn.cost.original_macs != original:
-        raise VerifyError(
-            f"the original is said to cost {dyn.cost.original_macs:,} MACs; it runs {original:,}."
-        )
-
-
-def _cost_of_original(program: Program) -> int:
-    """MACs of the original for one sample."""
-    with _counting() as counter:
-        program.graph_module(*_samples(program))
-    return int(counter.get_total_flops()) // 2 // (program.batch or 1)
-
-
-def _samples(program: Program) -> tuple[torch.Tensor, ...]:
-    """Inputs of a batch of one, or of the only batch that the model takes."""
-    batch = program.batch or 1
-    return tuple(
-        x[:1].expand(batch, *x.shape[1:]).clone() if x.dim() else x for x in program.examples
-    )
-
-
-@contextlib.contextmanager
-def _counting() -> Iterator[FlopCounterMode]:
-    """torch's counter, which sees attention only where it is written out with gradients."""
-    with (
-        torch.enable_grad(),
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):
-        yield counter
-
-
-def _counted(dyn: DynamicModel, inputs: tuple[torch.Tensor, ...]) -> list[int]:
-    """MACs of every stage in one run."""
-    found: list[int] = []
-    with _counting() as counter:
-        for _ in dyn.exits_of(inputs):
-            found.append(int(counter.get_total_flops()) // 2 - sum(found))
-    return found
