@@ -240,8 +240,9 @@ def _computed(operators: Operators, held: Held, x: Terms) -> Terms:
         known[step.name] = operators.apply(step.target, args, kwargs)
     weight = known[module.expression.weight].terms
     inner = keys.gathered(weight, range(2, weight.dim())).reshape(weight.shape[:2])
-    rows = keys.collected(inner, [1]).reshape(-1)
-    columns = keys.gathered(inner, [0]).reshape(-1).repeat(module.groups)
+    columns = keys.gathered(inner, [0])
+    rows = keys.collected(mixed(inner, columns), [1]).reshape(-1)
+    columns = columns.reshape(-1).repeat(module.groups)
     if module.expression.bias is None:
         bias = torch.full((len(rows),), keys.of("no bias"))
     else:
@@ -275,7 +276,11 @@ def _per_channel_norm(keys: Keys, held: Held, x: Terms) -> Terms:
     name = keys.of(
         "norm per channel", module.eps, module.momentum, isinstance(module, _INSTANCE_NORMS)
     )
-    if module.track_running_stats:
+    if isinstance(module, _INSTANCE_NORMS):
+        uses_statistics = bool(module.track_running_stats)
+    else:  # in evaluation mode
+        uses_statistics = "running_mean" in held.slices
+    if uses_statistics:
         mean, variance = (
             _along(keys.elements(held.slices[k], (channels,)), 1, x.dim())
             for k in ("running_mean", "running_var")

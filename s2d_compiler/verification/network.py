@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from s2d_compiler.attributes import find
+from s2d_compiler.computed import ComputedLayer
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import VerifyError
 from s2d_compiler.program import Program
@@ -17,6 +18,7 @@ from s2d_compiler.provenance import Slice
 from s2d_compiler.verification.layers import Held, UnknownModuleError, apply_module
 from s2d_compiler.verification.operators import Operators, Value
 from s2d_compiler.verification.specification import released, terms_of
+from s2d_compiler.verification.terms import first_line
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class Network:
         kwargs = fx.map_arg(dict(node.kwargs), values.__getitem__)
         if node.op == "call_module":
             held = self._held(stage, number, str(node.target))
+            if len(args) != 1 or kwargs:
+                raise ValueError("a module takes one tensor")
             x: Any = args[0]
             return Value(apply_module(self.operators, held, x.terms))
         return self.operators.apply(node.target, args, kwargs)
@@ -149,6 +153,11 @@ class Network:
         module: Any = find(stage, target)
         if not isinstance(module, nn.Module):
             raise VerifyError(f"stage {number + 1}: {target!r} is no module.")
+        if not _is_plain(module):
+            raise UnknownModuleError(
+                f"modules of class {type(module).__module__}.{type(module).__name__} have no known "
+                "meaning"
+            )
         slices: dict[str, Slice] = {}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             where = self._slice(number, f"{target}.{name}")
@@ -159,15 +168,22 @@ class Network:
                 )
             if where is not None:
                 slices[name] = where
+        for name in ("weight", "bias"):
+            if isinstance(getattr(module, name, None), torch.Tensor) and name not in slices:
+                raise VerifyError(
+                    f"stage {number + 1}: '{target}.{name}' is no slice of the original's."
+                )
         return Held(module, slices)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is of torch's own class, or a layer with a computed weight, and not of a
+    class that overrides what it does."""
+    kind = type(module)
+    return kind is ComputedLayer or getattr(nn, kind.__name__, None) is kind
 
 
 def place(number: int, node: fx.Node) -> str:
     """A node as messages name it."""
     kind = str(node.target) if node.op != "placeholder" else "input"
     return f"stage {number + 1}, node {node.name!r} ({kind})"
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, without what follows."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

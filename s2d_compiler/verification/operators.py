@@ -9,6 +9,7 @@ Any other operator depends on all that it is given.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from s2d_compiler.verification.subscripts import (
+    diagonals,
+    equation,
+    matmul_subscripts,
+    pairing,
+)
 from s2d_compiler.verification.terms import Keys, Terms, mixed
 
 aten = torch.ops.aten
@@ -43,7 +50,7 @@ _MOVEMENT = frozenset(
     unflatten expand expand_as repeat repeat_interleave tile slice select narrow index_select index
     gather cat concat stack split split_with_sizes unsafe_split chunk unbind flip roll rot90 unfold
     pixel_shuffle pixel_unshuffle channel_shuffle diagonal tril triu select_scatter slice_scatter
-    copy zeros_like new_zeros unsafe_chunk view_as reshape_as take_along_dim swapaxes
+    zeros_like new_zeros unsafe_chunk view_as reshape_as take_along_dim swapaxes
     """.split()
 )
 #: Operators of which only the shape and type of the first operand matter.
@@ -79,8 +86,13 @@ class Operators:
         self.keys = keys
 
     def value(self, tensor: torch.Tensor) -> Value:
-        """A tensor of known numbers."""
-        return Value(self.keys.constants(tensor), tensor.detach().cpu())
+        """A tensor of known numbers, which differ by type: a mask of truth values is no mask of
+        ones and zeros. Zero is zero in any type but that of truth values."""
+        terms = self.keys.constants(tensor)
+        typed = mixed(self.keys.of("type", tensor.dtype), terms)
+        if tensor.dtype != torch.bool:
+            typed = torch.where(terms == 0, terms, typed)
+        return Value(typed, tensor.detach().cpu())
 
     def apply(self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What an operator makes of its arguments.
@@ -89,15 +101,20 @@ class Operators:
             target: An ATen operator, or a function of Python on numbers and tuples.
             args: Values for tensors, anything else as it is.
             kwargs: Likewise.
+
+        Raises:
+            ValueError: It writes into its operands, which other nodes may read.
         """
         if not isinstance(target, torch._ops.OpOverload):
             return self._python(target, args, kwargs)
+        if target._schema.is_mutable:
+            raise ValueError("it writes into its operands")
         given = bind(target, args, kwargs)
         values = [v for v in _leaves(given.values()) if isinstance(v, Value)]
         if _opname(target) in ("sym_size", "sym_numel"):
             (x,) = (v for v in values)
             return x.terms.shape[int(given["dim"])] if "dim" in given else x.terms.numel()
-        if not values or _opname(target) in _CREATION:
+        if not values or (_is_known(target) and _opname(target) in _CREATION):
             return self._created(target, args, kwargs)
         result = self._terms(target, given, args, kwargs)
         return self._with_known(target, args, kwargs, values, result)
@@ -105,7 +122,7 @@ class Operators:
     def _python(self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if target is operator.getitem or not any(isinstance(a, Value) for a in tree_leaves(args)):
             return target(*args, **kwargs)
-        return self._mapped(target, str(target), list(args))
+        return self._mapped(str(target), [*args, *itertools.chain(*sorted(kwargs.items()))])
 
     def _created(self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         def plain(v: Any) -> Any:
@@ -129,13 +146,17 @@ class Operators:
         if not isinstance(known, torch.Tensor) or known.shape != result.terms.shape:
             return result
         exact = not known.is_floating_point() and not known.is_complex()
-        return Value(self.keys.constants(known) if exact else result.terms, known)
+        return self.value(known) if exact else Value(result.terms, known)
 
     # -- kinds -------------------------------------------------------------------------------------
 
     def _terms(self, target: Any, given: dict[str, Any], args: Any, kwargs: Any) -> Any:
         name = _opname(target)
-        if name in _SAME and not given.get("train"):
+        if not _is_known(target):
+            if torch.Tag.pointwise in target.tags:
+                return self._mapped(str(target), list(given.values()))
+            return self._whole(name, target, given)
+        if name in _SAME and given.get("train", False) is False:
             return next(v for v in given.values() if isinstance(v, Value))
         if name in ("constant_pad_nd", "pad"):
             return self._padded(name, target, given)
@@ -159,14 +180,14 @@ class Operators:
             x, slopes = given["self"], given["weight"].terms
             if slopes.numel() > 1:
                 slopes = slopes.reshape([-1 if d == 1 else 1 for d in range(x.terms.dim())])
-            return self._mapped(name, name, [x, Value(slopes)])
+            return self._mapped(name, [x, Value(slopes)])
         if torch.Tag.pointwise in target.tags or name in _UNTAGGED:
-            return self._mapped(name, name, list(given.values()))
+            return self._mapped(name, list(given.values()))
         return self._whole(name, target, given)
 
     def _moved(self, name: str, target: Any, args: Any, kwargs: Any) -> Any:
-        index = {"index_select": 2, "gather": 2, "index": 1, "take_along_dim": 1}.get(name)
-
+        index = {"index_select": 2, "gather": 2, "index": 1, "take_along_dim": 1,
+                 "repeat_interleave": 1}.get(name)  # fmt: skip
         arguments = target._schema.arguments
         tensors = {k for k, a in enumerate(arguments) if "Tensor" in str(a.type)} | {-1}
 
@@ -205,17 +226,19 @@ class Operators:
         if name == "pad" and given.get("mode", "constant") != "constant":
             return self._window(f"pad{len(given['pad']) // 2}d", target, given)
         x: Value = given["self"]
-        filling = given.get("value") or 0
-        fill = int(self.keys.constants(torch.tensor(float(filling), dtype=torch.float64)))
+        filling = given.get("value")
+        if isinstance(filling, Value):
+            return self._whole(name, target, given)
+        fill = self.keys.number(float(filling)) if filling is not None else 0
         return Value(aten.constant_pad_nd.default(x.terms, list(given["pad"]), fill))
 
-    def _mapped(self, name: str, label: str, operands: list[Any]) -> Value:
+    def _mapped(self, label: str, operands: list[Any]) -> Value:
         parts: list[Any] = []
         for item in operands:
             if isinstance(item, Value):
                 parts.append(item.terms)
-            elif isinstance(item, bool | int | float) and not isinstance(item, bool):
-                parts.append(int(self.keys.constants(torch.tensor(item, dtype=torch.float64))))
+            elif isinstance(item, bool | int | float):
+                parts.append(self.keys.number(item))
             else:
                 parts.append(self.keys.of(repr(item)))
         return Value(mixed(self.keys.of("map", label), *parts))
@@ -227,7 +250,8 @@ class Operators:
         rank = rank or next(int(name[i - 1]) for i in range(1, len(name)) if name[i] == "d"
                             and name[i - 1].isdigit())  # fmt: skip
         dims = range(x.terms.dim() - rank, x.terms.dim())
-        seen = mixed(self._name(name, given), self.keys.gathered(x.terms, dims))
+        rest = {k: v for k, v in given.items() if v is not x}
+        seen = mixed(self._name(name, rest), self.keys.gathered(x.terms, dims))
         shapes = self._shapes(target, given)
         found = [Value(self.keys.spread(mixed(seen, k), s)) for k, s in enumerate(shapes)]
         return found[0] if len(found) == 1 else found
@@ -261,36 +285,40 @@ class Operators:
     def _product(self, name: str, given: dict[str, Any]) -> Value:
         if name == "einsum":
             operands = list(given["tensors"])
-            subscripts, result = _equation(
-                str(given["equation"]), [v.terms.dim() for v in operands]
-            )
+            subscripts, result = equation(str(given["equation"]), [v.terms.dim() for v in operands])
         else:
             operands = [v for v in given.values() if isinstance(v, Value)]
-            subscripts, result = _matmul_subscripts(*(v.terms.dim() for v in operands))
+            subscripts, result = matmul_subscripts(*(v.terms.dim() for v in operands))
         return Value(self._contracted([v.terms for v in operands], subscripts, result))
 
     def _contracted(
         self, operands: Sequence[Terms], subscripts: Sequence[Sequence[str]], result: Sequence[str]
     ) -> Terms:
         parts: list[Terms | int] = []
+        summed_together = pairing(subscripts, result)
         for terms, names in zip(operands, subscripts, strict=True):
+            terms, names = diagonals(terms, names, result)
             summed = [d for d, n in enumerate(names) if n not in result]
             kept = self.keys.gathered(terms, summed).squeeze(tuple(summed)) if summed else terms
             left = [n for n in names if n in result]
             kept = kept.permute(sorted(range(len(left)), key=lambda d: result.index(left[d])))
             sizes = iter(kept.shape)
             parts.append(kept.reshape([next(sizes) if n in left else 1 for n in result]))
-        return mixed(self.keys.of("product"), *parts)
+        return mixed(self.keys.of("product", summed_together), *parts)
 
     def _attention(self, given: dict[str, Any]) -> Any:
         query, key, value = (given[n].terms for n in ("query", "key", "value"))
-        rest = {k: v for k, v in given.items() if not isinstance(v, Value)}
+        tensors = ("query", "key", "value", "attn_mask")
+        rest = {k: v for k, v in given.items() if k not in tensors}
         if given.get("enable_gqa"):
             return self._whole("attention", None, given, shape=(*query.shape[:-1], value.shape[-1]))
         outer = [f"batch{k}" for k in range(query.dim() - 2)]
         scores = self._contracted(
             [query, key], [[*outer, "i", "k"], [*outer, "j", "k"]], [*outer, "i", "j"]
         )
+        if given.get("is_causal"):
+            rows = self.keys.positions("row of an attention", query.shape[-2])
+            scores = mixed(scores, rows.unsqueeze(-1))
         mask = given.get("attn_mask")
         if isinstance(mask, Value):
             scores = mixed(self.keys.of("mask"), scores, mask.terms)
@@ -329,11 +357,12 @@ class Operators:
             and x.terms.dim() == weight.terms.dim()
             and given["groups"] == x.terms.shape[1] == weight.terms.shape[0]
             and given["bias"] is None
+            and (weight.terms.shape[1] == 1 or not _is_transposed(given))
         )
 
     def _filtered(self, name: str, target: Any, given: dict[str, Any]) -> Value:
         x, weight = given["input"].terms, given["weight"].terms
-        rest = {k: v for k, v in given.items() if k not in ("groups",) and not isinstance(v, Value)}
+        rest = {k: v for k, v in given.items() if k not in ("groups", "input", "weight")}
         (shape,) = self._shapes(target, given)
         by_channel = self.keys.gathered(weight, range(1, weight.dim())).transpose(0, 1)
         seen = self.keys.gathered(x, range(2, x.dim()))
@@ -352,7 +381,8 @@ class Operators:
         ]
         shapes_given = [tuple(v.terms.shape) for v in _leaves(given.values())
                         if isinstance(v, Value)]  # fmt: skip
-        seen = mixed(self._name((name, str(target), shapes_given), given), *parts)
+        settings = tree_map(lambda v: None if _is_value(v) else v, dict(given), is_leaf=_is_value)
+        seen = mixed(self._name((name, str(target), shapes_given), settings), *parts)
         shapes = [shape] if shape is not None else self._shapes(target, given)
         found = [
             Value(self.keys.spread(mixed(seen, k).reshape([1] * len(s)), s))
@@ -360,13 +390,17 @@ class Operators:
         ]
         return found[0] if len(found) == 1 else found
 
-    def _name(self, name: Any, given: Mapping[str, Any]) -> int:
-        """A number for an operator and what it is given besides tensors."""
+    def _name(self, name: Any, given: Mapping[str, Any]) -> Terms | int:
+        """A number for an operator and its settings; some are numbers that were read from a
+        tensor."""
         rest = [
             (k, tree_map(lambda v: "tensor" if _is_value(v) else v, v, is_leaf=_is_value))
             for k, v in given.items()
         ]
-        return self.keys.of("operator", name, str(rest))
+        label = self.keys.of("operator", name, str(rest))
+        read = [self.keys.gathered(v.terms, range(v.terms.dim())).reshape(())
+                for v in _leaves(given.values()) if isinstance(v, Value)]  # fmt: skip
+        return mixed(label, *read) if read else label
 
     def _shapes(self, target: Any, given: Mapping[str, Any]) -> list[tuple[int, ...]]:
         """Shapes of the results, from a run on shapes alone."""
@@ -418,6 +452,15 @@ def _opname(target: Any) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
+def _is_known(target: Any) -> bool:
+    """Whether an operator is one of torch's own, whose name says what it does."""
+    return str(target.namespace) == "aten"
+
+
+def _is_transposed(given: Mapping[str, Any]) -> bool:
+    return bool(given.get("transposed")) or "output_padding" in given
+
+
 def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by their names in the operator's schema, defaults filled in."""
     found: dict[str, Any] = {}
@@ -442,33 +485,3 @@ def unbind(target: Any, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, 
         else:
             args.append(given[argument.name])
     return args, kwargs
-
-
-def _matmul_subscripts(a: int, b: int) -> tuple[list[list[str]], list[str]]:
-    outer = [f"batch{k}" for k in range(max(a, b, 2) - 2)]
-
-    def batch(rank: int) -> list[str]:
-        return outer[len(outer) - max(0, rank - 2) :]
-
-    left = [*batch(a), *(["i"] if a > 1 else []), "k"]
-    right = [*batch(b), "k", *(["j"] if b > 1 else [])]
-    return [left, right], [*outer, *(["i"] if a > 1 else []), *(["j"] if b > 1 else [])]
-
-
-def _equation(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
-    left, arrow, right = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    hidden = max(
-        (rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=True)
-         if "..." in t), default=0,
-    )  # fmt: skip
-
-    def letters(spelled: str, rank: int | None) -> list[str]:
-        before, dots, after = spelled.partition("...")
-        own = (hidden if rank is None else rank - len(before) - len(after)) if dots else 0
-        return [*before, *(f"...{k}" for k in range(hidden - own, hidden)), *after]
-
-    if not arrow:
-        once = sorted({c for c in left if c.isalpha() and left.count(c) == 1})
-        right = ("..." if "..." in left else "") + "".join(once)
-    return [letters(t, r) for t, r in zip(terms, ranks, strict=True)], letters(right, None)

@@ -20,13 +20,14 @@ from torch.utils._pytree import tree_leaves
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.analysis.labels import VERSIONED
 from s2d_compiler.computed import ComputedLayer
-from s2d_compiler.program import is_scalar
+from s2d_compiler.errors import VerifyError
+from s2d_compiler.program import is_scalar, place
 from s2d_compiler.provenance import Slice, normalised
 from s2d_compiler.rules.layers import GROUPS_TO_CUT_BETWEEN, is_layer
 from s2d_compiler.thin_expression import slice_expression
-from s2d_compiler.verification.layers import Held, apply_module, layer_shape
+from s2d_compiler.verification.layers import Held, UnknownModuleError, apply_module, layer_shape
 from s2d_compiler.verification.operators import Operators, Value
-from s2d_compiler.verification.terms import Terms
+from s2d_compiler.verification.terms import Terms, first_line
 
 Environment = dict[fx.Node, Any]
 
@@ -82,12 +83,24 @@ class Specification:
             elif node.op == "get_attr":
                 found[node] = self._attribute(node)
             else:
-                found[node] = evaluate(node, found)
+                found[node] = self._followed(node, found, evaluate)
             self.before.pop(node, None)
             for done in self.after.get(node, ()):
                 if done not in self.leaves and not is_kept(done):
                     del found[done]
         return found
+
+    def _followed(
+        self, node: fx.Node, found: Environment, evaluate: Callable[[fx.Node, Environment], Any]
+    ) -> Any:
+        try:
+            return evaluate(node, found)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError,
+                AssertionError, StopIteration, UnknownModuleError) as error:  # fmt: skip
+            raise VerifyError(
+                f"{place(node)} of the model cannot be followed: {first_line(error)}; this is no "
+                "word on the network: rely on the self-check of s2d-compile instead."
+            ) from error
 
     def _is_taken_over(self, node: fx.Node) -> bool:
         owners = self.assignment.owner_labels.get(node.name)

@@ -58,13 +58,24 @@ class Keys:
         return int.from_bytes(digest.digest(), "little", signed=True)
 
     def constants(self, values: torch.Tensor) -> Terms:
-        """Terms of numbers that are known: equal numbers have equal terms, zero has zero."""
+        """Terms of numbers that are known: equal numbers have equal terms, zero has zero.
+        Integers are told apart from numbers with a fraction, since they overflow."""
         if values.is_complex():
             real, imaginary = (self.constants(v) for v in (values.real, values.imag))
             return torch.where(imaginary == 0, real, mixed(self.of("complex"), real, imaginary))
-        exact = values.detach().to("cpu", torch.float64) + 0.0  # -0.0 becomes 0.0
-        bits = exact.contiguous().view(torch.int64)
-        return torch.where(exact == 0, torch.zeros_like(bits), mixed(self.of("constant"), bits))
+        values = values.detach().to("cpu")
+        if values.is_floating_point():
+            bits = values.to(torch.float64).contiguous().view(torch.int64)  # -0.0 is no zero
+        else:
+            bits = values.to(torch.int64)
+        name = self.of("constant", values.is_floating_point())
+        return torch.where(bits == 0, torch.zeros_like(bits), mixed(name, bits))
+
+    def number(self, value: bool | int | float) -> int:
+        """The term of a number that stands in a graph; its type counts, as in promotions."""
+        if not isinstance(value, float):
+            return self.of(type(value).__name__, value)
+        return int(self.constants(torch.tensor(value, dtype=torch.float64)))
 
     def elements(self, held: Slice, shape: Sequence[int]) -> Terms:
         """Terms of the elements of a slice of a named tensor."""
@@ -110,3 +121,8 @@ class Keys:
                 form = [-1 if e == d else 1 for e in range(len(shape))]
                 x = mixed(x, self.positions("spread", size).reshape(form))
         return x.expand(tuple(shape))
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without what follows."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

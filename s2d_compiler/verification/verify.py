@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,6 @@ import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from s2d_compiler.analysis.assignment import StageAssignment, assign
 from s2d_compiler.analysis.channels import analyse_channels
@@ -26,16 +22,21 @@ from s2d_compiler.provenance import Slice
 from s2d_compiler.structure import encode_structure
 from s2d_compiler.submodules import part_of
 from s2d_compiler.tracing import capture
-from s2d_compiler.verification.network import Network, StageRun, first_line, place
+from s2d_compiler.verification.network import Network, StageRun, place
 from s2d_compiler.verification.operators import Operators, Value
+from s2d_compiler.verification.runs import (
+    compare_costs,
+    compare_shapes,
+    cost_of_original,
+    in_evaluation_mode,
+    require_nothing_hidden,
+)
 from s2d_compiler.verification.specification import Environment, Specification, terms_of
 from s2d_compiler.verification.terms import Keys
 from s2d_compiler.verification.weights import Weights, compare_weights
 
 #: Two sizes that tell a batch from a number in a graph, and neighbours in it from each other.
 BATCHES = (2, 3)
-#: A prime, larger than what a graph cuts off.
-LARGE_BATCH = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def verify_captured(
         trained: As in ``verify``.
         expectations: What the program and a plan make, if that is known.
     """
+    require_nothing_hidden(dyn)
     _compare_interfaces(dyn, program)
     if not expectations or expectations[0].assignment.plan != dyn.plan:
         expectations = Expectation.all_of(program, dyn.plan)
@@ -118,8 +120,9 @@ def verify_captured(
             "what the stages compute with them is what the plan says. If the network was trained "
             "since, say so (--trained, trained=True)."
         )
-    _compare_sizes(dyn, program)
-    _compare_costs(dyn, program, expectations[0].original)
+    with in_evaluation_mode(dyn):
+        compare_shapes(dyn, program)
+        compare_costs(dyn, program, expectations[0].original)
     return Verification(len(dyn.stages), nodes, terms, weights)
 
 
@@ -211,7 +214,7 @@ class Expectation:
             Value(self.operators.keys.elements(_of_input(k, len(shape) + 1), (batch, *shape)))
             for k, shape in enumerate(program.input_shapes)
         ]
-        self.original = _cost_of_original(program)
+        self.original = cost_of_original(program)
         self.exits: list[list[Any]] = []
         for found in self._environments(keep=False):
             leaves = program.output_leaves
@@ -333,104 +336,3 @@ def _first_difference(
             "not the ones at their place; values are swapped or missing."
         )
     return f"stage {number + 1}, output {output + 1} is {mine!r}, the plan gives {want!r}."
-
-
-# -- what runs -------------------------------------------------------------------------------------
-
-
-def _compare_sizes(dyn: DynamicModel, program: Program) -> None:
-    """Run shapes alone, in a batch that no number in a graph stands for by chance."""
-    if program.batch is not None:
-        return
-    shapes = [(LARGE_BATCH, *shape) for shape in program.input_shapes]
-    types = [x.dtype for x in program.examples]
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        inputs = tuple(torch.empty(s, dtype=t) for s, t in zip(shapes, types, strict=True))
-        try:
-            expected = _shapes(program.graph_module(*inputs))
-        except (RuntimeError, TypeError, NotImplementedError):
-            return  # an operator of the model decides by the values of tensors
-        try:
-            found = [_shapes(leaves) for leaves in dyn.exits_of(inputs)]
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise VerifyError(
-                f"it does not run on a batch of {LARGE_BATCH}, the model does: "
-                f"{first_line(error)}; a batch size stands in a stage's graph as a number."
-            ) from error
-    for number, shape in enumerate(found, start=1):
-        if shape != expected:
-            raise VerifyError(
-                f"stage {number} returns {shape} of a batch of {LARGE_BATCH}, the model "
-                f"{expected}; a batch size stands in the stage's graph as a number."
-            )
-
-
-def _shapes(outputs: Any) -> list[Any]:
-    leaves = pytree.tree_leaves(outputs)
-    return [tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in leaves]
-
-
-# -- costs -----------------------------------------------------------------------------------------
-
-
-def _compare_costs(dyn: DynamicModel, program: Program, original: int) -> None:
-    """Count what runs."""
-    batch = program.batch or 1
-    counted, total = _counted(dyn, _samples(program)), 0
-    for number, (macs, stage) in enumerate(zip(counted, dyn.cost.stages, strict=True), start=1):
-        total += macs // batch
-        if (stage.macs, stage.cumulative_macs) != (macs // batch, total):
-            raise VerifyError(
-                f"stage {number} is said to cost {stage.macs:,} MACs ({stage.cumulative_macs:,} "
-                f"with the earlier ones); it runs {macs // batch:,} ({total:,})."
-            )
-        rows = sum(row.macs for row in stage.layers)
-        if rows != stage.macs:
-            raise VerifyError(
-                f"stage {number} is said to cost {stage.macs:,} MACs, its layers {rows:,}."
-            )
-    if dyn.cost.original_macs != original:
-        raise VerifyError(
-            f"the original is said to cost {dyn.cost.original_macs:,} MACs; it runs {original:,}."
-        )
-
-
-def _cost_of_original(program: Program) -> int:
-    """MACs of the original for one sample."""
-    with _counting() as counter:
-        program.graph_module(*_samples(program))
-    return int(counter.get_total_flops()) // 2 // (program.batch or 1)
-
-
-def _samples(program: Program) -> tuple[torch.Tensor, ...]:
-    """Inputs of a batch of one, or of the only batch that the model takes."""
-    batch = program.batch or 1
-    return tuple(
-        x[:1].expand(batch, *x.shape[1:]).clone() if x.dim() else x for x in program.examples
-    )
-
-
-@contextlib.contextmanager
-def _counting() -> Iterator[FlopCounterMode]:
-    """torch's counter, which sees attention only where it is written out with gradients."""
-    with (
-        torch.enable_grad(),
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):
-        yield counter
-
-
-def _counted(dyn: DynamicModel, inputs: tuple[torch.Tensor, ...]) -> list[int]:
-    """MACs of every stage in one run."""
-    found: list[int] = []
-    try:
-        with _counting() as counter:
-            for _ in dyn.exits_of(inputs):
-                found.append(int(counter.get_total_flops()) // 2 - sum(found))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise VerifyError(
-            f"stage {len(found) + 1} does not run on a batch of {len(inputs[0])}: "
-            f"{first_line(error)}; the file is damaged, or was not made from this model."
-        ) from error
-    return found
