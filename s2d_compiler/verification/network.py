@@ -18,7 +18,7 @@ from s2d_compiler.provenance import Slice
 from s2d_compiler.verification.layers import Held, UnknownModuleError, apply_module
 from s2d_compiler.verification.operators import Operators, Value
 from s2d_compiler.verification.specification import released, terms_of
-from s2d_compiler.verification.terms import first_line
+from s2d_compiler.verification.words import DAMAGED, first_line
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,11 @@ class Network:
             except VerifyError:
                 raise
             except UnknownModuleError as error:
-                raise VerifyError(f"{place(number, node)}: {error}.") from error
+                raise VerifyError(f"{place(number, node)}: {error}; {DAMAGED}") from error
             except (RuntimeError, TypeError, ValueError, LookupError, AttributeError,
                     AssertionError, StopIteration, NotImplementedError) as error:  # fmt: skip
                 raise VerifyError(
-                    f"{place(number, node)} cannot be followed: {first_line(error)}; the file is "
-                    "damaged, or was not made from this model."
+                    f"{place(number, node)} cannot be followed: {first_line(error)}; {DAMAGED}"
                 ) from error
         self.features.update({(number, k): value for k, value in enumerate(handed)})
         self.handed.update((number, k) for k in range(len(handed)))
@@ -139,12 +138,16 @@ class Network:
     def _attribute(self, stage: fx.GraphModule, number: int, target: str) -> Value:
         tensor = find(stage, target)
         if not isinstance(tensor, torch.Tensor):
-            raise VerifyError(f"stage {number + 1}: {target!r} is no tensor.")
+            raise VerifyError(
+                f"stage {number + 1}: {target!r} is a {type(tensor).__name__}, which the graph "
+                f"reads as a tensor; {DAMAGED}"
+            )
         where = self._slice(number, target)
         if where is None or where.source in self.program.buffers:
             if isinstance(tensor, nn.Parameter):
                 raise VerifyError(
-                    f"stage {number + 1}: parameter {target!r} is no slice of the original's."
+                    f"stage {number + 1}: parameter {target!r} is no slice of the original's, as "
+                    f"all parameters are; {DAMAGED}"
                 )
             return self.operators.value(tensor)
         return Value(self.operators.keys.elements(where, tuple(tensor.shape)))
@@ -152,7 +155,10 @@ class Network:
     def _held(self, stage: fx.GraphModule, number: int, target: str) -> Held:
         module: Any = find(stage, target)
         if not isinstance(module, nn.Module):
-            raise VerifyError(f"stage {number + 1}: {target!r} is no module.")
+            raise VerifyError(
+                f"stage {number + 1}: {target!r} is a {type(module).__name__}, which the graph "
+                f"calls as a module; {DAMAGED}"
+            )
         if not _is_plain(module):
             raise UnknownModuleError(
                 f"modules of class {type(module).__module__}.{type(module).__name__} have no known "
@@ -164,14 +170,15 @@ class Network:
             if where is None and isinstance(tensor, nn.Parameter):
                 raise VerifyError(
                     f"stage {number + 1}: parameter '{target}.{name}' is no slice of the "
-                    "original's."
+                    f"original's, as all parameters are; {DAMAGED}"
                 )
             if where is not None:
                 slices[name] = where
         for name in ("weight", "bias"):
             if isinstance(getattr(module, name, None), torch.Tensor) and name not in slices:
                 raise VerifyError(
-                    f"stage {number + 1}: '{target}.{name}' is no slice of the original's."
+                    f"stage {number + 1}: tensor '{target}.{name}' is no slice of the original's, "
+                    f"as those of layers are; {DAMAGED}"
                 )
         return Held(module, slices)
 

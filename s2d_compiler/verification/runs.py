@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import VerifyError
 from s2d_compiler.program import SAMPLE_BATCH, Program
-from s2d_compiler.verification.terms import first_line
+from s2d_compiler.verification.words import DAMAGED, first_line
 
 #: Larger than any batch that a graph could have been cut to by mistake, and like no other size.
 _MANY = 1_000_003
@@ -56,12 +56,19 @@ def require_nothing_hidden(dyn: DynamicModel) -> None:
                 "network as it was saved."
             )
         if "forward" in vars(module):
-            raise VerifyError(f"{place} has another forward than its class; take it away.")
+            raise VerifyError(
+                f"{place} has another forward than its class, which no graph shows; take it away."
+            )
     if type(dyn) is not DynamicModel:
-        raise VerifyError(f"it is a {type(dyn).__name__}, not a DynamicModel; verify that.")
+        raise VerifyError(
+            f"what is verified is a {type(dyn).__name__}, no DynamicModel; verify the one in it."
+        )
     for number, stage in enumerate(dyn.stages, start=1):
         if not isinstance(stage, fx.GraphModule):
-            raise VerifyError(f"stage {number} is a {type(stage).__name__}, no GraphModule.")
+            raise VerifyError(
+                f"stage {number} is a {type(stage).__name__}, whose operators cannot be read; put "
+                "its GraphModule back."
+            )
         if not _runs_its_graph(stage):
             raise VerifyError(
                 f"stage {number} runs other code than its graph says; call recompile() after "
@@ -120,7 +127,7 @@ def compare_shapes(dyn: DynamicModel, program: Program) -> None:
             raise VerifyError(
                 f"stage {number} returns {_text(mine)} for a batch of {batch}, the model "
                 f"{_text(want)}; its graph is made for batches of another size, or its tensors "
-                "are of another type."
+                f"are of another type; {DAMAGED}"
             )
 
 
@@ -151,8 +158,8 @@ def _text(shapes: Shapes) -> str:
 
 def _cannot_run(error: Exception) -> VerifyError:
     return VerifyError(
-        f"it cannot run on what the model takes: {first_line(error)}; the file is damaged, was not "
-        "made from this model, or the network was moved to another type or device."
+        f"it cannot run on what the model takes: {first_line(error)}; move it back to the "
+        f"model's type and device if it was moved, otherwise {DAMAGED}"
     )
 
 
@@ -168,7 +175,8 @@ def compare_costs(dyn: DynamicModel, program: Program, original: int) -> None:
     batch = program.batch or 1
     if len(dyn.cost.stages) != len(dyn.stages):
         raise VerifyError(
-            f"it has {len(dyn.stages)} stages, and says the cost of {len(dyn.cost.stages)}."
+            f"it has {len(dyn.stages)} stages, and says the cost of {len(dyn.cost.stages)}; "
+            f"{DAMAGED}"
         )
     counted, total = _counted(dyn, samples(program, batch)), 0
     for number, (macs, stage) in enumerate(zip(counted, dyn.cost.stages, strict=True), start=1):
@@ -176,16 +184,19 @@ def compare_costs(dyn: DynamicModel, program: Program, original: int) -> None:
         if (stage.macs, stage.cumulative_macs) != (macs // batch, total):
             raise VerifyError(
                 f"stage {number} is said to cost {stage.macs:,} MACs ({stage.cumulative_macs:,} "
-                f"with the earlier ones); it runs {macs // batch:,} ({total:,})."
+                f"with the earlier ones); it runs {macs // batch:,} ({total:,}); "
+                f"{DAMAGED}"
             )
         rows = sum(row.macs for row in stage.layers)
         if rows != stage.macs:
             raise VerifyError(
-                f"stage {number} is said to cost {stage.macs:,} MACs, its layers {rows:,}."
+                f"stage {number} is said to cost {stage.macs:,} MACs, its layers {rows:,} in all; "
+                f"{DAMAGED}"
             )
     if dyn.cost.original_macs != original:
         raise VerifyError(
-            f"the original is said to cost {dyn.cost.original_macs:,} MACs; it runs {original:,}."
+            f"the original is said to cost {dyn.cost.original_macs:,} MACs; it runs {original:,}; "
+            f"{DAMAGED}"
         )
 
 

@@ -121,8 +121,3 @@ class Keys:
                 form = [-1 if e == d else 1 for e in range(len(shape))]
                 x = mixed(x, self.positions("spread", size).reshape(form))
         return x.expand(tuple(shape))
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, without what follows."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

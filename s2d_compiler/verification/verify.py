@@ -34,6 +34,7 @@ from s2d_compiler.verification.runs import (
 from s2d_compiler.verification.specification import Environment, Specification, terms_of
 from s2d_compiler.verification.terms import Keys
 from s2d_compiler.verification.weights import Weights, compare_weights
+from s2d_compiler.verification.words import DAMAGED
 
 #: Two sizes that tell a batch from a number in a graph, and neighbours in it from each other.
 BATCHES = (2, 3)
@@ -160,15 +161,12 @@ def _compare_interfaces(dyn: DynamicModel, program: Program) -> None:
     ):
         if mine != original:
             raise VerifyError(
-                f"it {name} {mine}, the model {original}; it was made from another model, or from "
-                "other example inputs."
+                f"the network {name} {mine}, the model {original}; give the model and the example "
+                "inputs that it was made from."
             )
     stages = parts.plan.stages
     if len(dyn.stages) != stages or len(parts.interfaces) != stages:
-        raise VerifyError(
-            f"it has {len(dyn.stages)} stages, its plan {stages}; the file is damaged: compile the "
-            "model again."
-        )
+        raise VerifyError(f"the network has {len(dyn.stages)} stages, its plan {stages}; {DAMAGED}")
 
 
 def _structure(spec: Any) -> Any:
@@ -179,16 +177,16 @@ def _compare_owners(assignment: StageAssignment, dyn: DynamicModel) -> None:
     owners = np.asarray(dyn.parts.owners, dtype=np.int64)
     if len(owners) != len(assignment.owners):
         raise VerifyError(
-            f"it says the stages of {len(owners)} channels, the model has "
-            f"{len(assignment.owners)}; it was made from another model, or by another release."
+            f"the network says the stages of {len(owners)} channels, the model has "
+            f"{len(assignment.owners)}; {DAMAGED}"
         )
     if not np.array_equal(owners, assignment.owners):
         atom = int(np.flatnonzero(owners != assignment.owners)[0])
         writers = next(f.writers for f in assignment.channels.families if atom in f.atoms)
         raise VerifyError(
             f"a channel of {writers[0] if writers else 'the model'} is in stage {owners[atom]}, by "
-            f"the plan and the model's weights in stage {assignment.owners[atom]}; it was made "
-            "with another plan or from other weights."
+            f"the plan and the model's weights in stage {assignment.owners[atom]}; it was "
+            "made from other weights, or with another plan; compile the model again."
         )
 
 
@@ -233,7 +231,8 @@ class Expectation:
             return [cls(assignment, batch) for batch in batches]
         except PlanError as error:
             raise VerifyError(
-                f"its plan does not fit the model: {error}; it was made from another model."
+                f"the network's plan does not fit the model: {error}; give the model that it was "
+                "made from."
             ) from error
 
     def environment(self, number: int) -> Environment:
@@ -261,7 +260,7 @@ class Expectation:
             if len(run.leaves) != len(expected):
                 raise VerifyError(
                     f"stage {number + 1} returns {len(run.leaves)} outputs, the model "
-                    f"{len(expected)}; the file is damaged, or was not made from this model."
+                    f"{len(expected)}; {DAMAGED}"
                 )
             for k, (mine, want) in enumerate(zip(run.leaves, expected, strict=True)):
                 if not _is_same(mine, want):
@@ -273,7 +272,7 @@ class Expectation:
             stage, position = unread[0]
             raise VerifyError(
                 f"stage {stage + 1} hands on a value (number {position + 1}) that no later stage "
-                "reads; the file is damaged, or made by a release that did so: compile again."
+                f"reads; {DAMAGED}"
             )
         return nodes, terms
 
@@ -322,17 +321,19 @@ def _first_difference(
                 return (
                     f"{place(number, node)}: {share} of the {flat.numel()} numbers that it "
                     f"computes is one that the plan gives stage {number + 1}; operator, operands, "
-                    "settings or slice differ."
+                    f"settings or slice differ; {DAMAGED}"
                 )
     if isinstance(want, Value) and isinstance(mine, Value):
         if want.terms.shape != mine.terms.shape:
             return (
                 f"stage {number + 1}, output {output + 1} has shape {tuple(mine.terms.shape)}, "
-                f"the plan gives {tuple(want.terms.shape)}."
+                f"the plan gives {tuple(want.terms.shape)}; {DAMAGED}"
             )
         wrong = int((want.terms != mine.terms).sum())
         return (
             f"stage {number + 1}, output {output + 1}: {wrong} of {mine.terms.numel()} numbers are "
-            "not the ones at their place; values are swapped or missing."
+            f"not the ones at their place, values are swapped or missing; {DAMAGED}"
         )
-    return f"stage {number + 1}, output {output + 1} is {mine!r}, the plan gives {want!r}."
+    return (
+        f"stage {number + 1}, output {output + 1} is {mine!r}, the plan gives {want!r}; {DAMAGED}"
+    )

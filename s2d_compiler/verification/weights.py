@@ -10,6 +10,7 @@ from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import VerifyError
 from s2d_compiler.program import Program
 from s2d_compiler.thin import originals
+from s2d_compiler.verification.words import DAMAGED
 
 #: What training changes besides parameters.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -45,27 +46,37 @@ def compare_weights(dyn: DynamicModel, program: Program) -> Weights:
         if where is None and name not in saved:
             continue  # a constant, whose numbers are part of the terms
         if where is None:
-            raise VerifyError(f"{name}: it is no slice of the original's.")
+            raise VerifyError(
+                f"{name}: this tensor is no slice of the original's, as all that are saved are; "
+                f"{DAMAGED}"
+            )
         original = sources.get(where.source)
         if original is None:
-            raise VerifyError(f"{name}: the original has no {where.source!r}.")
+            raise VerifyError(
+                f"{name}: it is said to be a slice of {where.source!r}, which the original does "
+                f"not have; {DAMAGED}"
+            )
         if len(where.index) != original.dim() or any(
             positions is not None and not all(0 <= p < size for p in positions)
             for positions, size in zip(where.index, original.shape, strict=True)
         ):
             raise VerifyError(
-                f"{name}: its slice does not lie in {where.source!r}, {tuple(original.shape)}."
+                f"{name}: its slice does not lie in {where.source!r} of shape "
+                f"{tuple(original.shape)}; {DAMAGED}"
             )
         expected = where.take(original.detach()).to(tensor.device)
         if tuple(expected.shape) != tuple(tensor.shape):
             raise VerifyError(
                 f"{name} has shape {tuple(tensor.shape)}, its slice of {where.source!r} "
-                f"{tuple(expected.shape)}."
+                f"{tuple(expected.shape)}; {DAMAGED}"
             )
         if tensor.dtype == expected.dtype and _is_same(tensor.detach(), expected):
             equal += 1
         elif where.source in program.buffers and not where.source.endswith(_STATISTICS):
-            raise VerifyError(f"{name}: it is a constant, and not that of the original.")
+            raise VerifyError(
+                f"{name}: other numbers than those of {where.source!r}, a constant, which training "
+                f"does not change; {DAMAGED}"
+            )
         else:
             changed.append(name)
     return Weights(equal, tuple(changed))
