@@ -426,9 +426,7 @@ class Operators:
         try:
             result = target(*args, **kwargs)
         except (RuntimeError, NotImplementedError):
-            real = [torch.zeros(a.shape, dtype=a.dtype) if isinstance(a, torch.Tensor) else a
-                    for a in args]  # fmt: skip
-            result = target(*real, **kwargs)
+            result = _result_of_zeros(target, args, kwargs)
         if isinstance(result, bool | int | float):
             return [()]
         results = [result] if isinstance(result, torch.Tensor) else list(result)
@@ -437,6 +435,22 @@ class Operators:
 
 class UnknownIndexError(Exception):
     """An index depends on the input."""
+
+
+def _result_of_zeros(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A result on numbers, for operators that do not run on shapes; on complex ones, if they take
+    no others."""
+
+    def zeros(v: Any, complex_: bool) -> Any:
+        if not isinstance(v, torch.Tensor):
+            return v
+        return torch.zeros(v.shape, dtype=torch.complex64 if complex_ and v.is_floating_point()
+                           else v.dtype)  # fmt: skip
+
+    try:
+        return target(*(zeros(a, False) for a in args), **kwargs)
+    except RuntimeError:
+        return target(*(zeros(a, True) for a in args), **kwargs)
 
 
 def _leaves(items: Any) -> list[Any]:
