@@ -13,7 +13,7 @@ from torch import nn
 
 from s2d_compiler import DynamicModel, Plan, transform, verify
 from s2d_compiler.errors import FormatError, VerifyError
-from s2d_compiler.format import from_data, to_data
+from s2d_compiler.format import Allowed, from_data, to_data
 
 Data = dict[str, Any]
 PLAN = {"stages": 2, "groups": 8, "default": {"split": [4], "concat": "all"}}
@@ -353,3 +353,52 @@ def test_networks_that_cannot_run_are_refused() -> None:
     dyn.parts = replace(dyn.parts, cost=cost)
     with pytest.raises(VerifyError, match="cost"):
         verify(model, dyn)
+
+
+def test_operators_of_others_are_not_torchs() -> None:
+    """An operator of another library may have the name of one of torch's."""
+    with torch.library._scoped_library("s2d_tests_other", "DEF") as library:
+        library.define("clone(Tensor x) -> Tensor")
+        library.impl("clone", lambda x: x + 1, "CompositeImplicitAutograd")
+        model = Around(lambda self, y: y).double().eval()
+        data = to_data(compiled(model))
+        graph = data["stages"][0]["graph"]
+        (head,) = (r for r in graph if r["op"] == "call_module" and r["target"] == "head")
+        row = {
+            "name": "more", "op": "call_function", "target": "s2d_tests_other.clone.default",
+            "args": head["args"],
+        }  # fmt: skip
+        graph.insert(graph.index(head), row)
+        head["args"] = {"tuple": [{"node": "more"}]}
+        allowed = Allowed(frozenset(["s2d_tests_other::clone"]))
+        with pytest.raises(VerifyError):
+            verify(model, from_data(data, "dyn.pt", allowed))
+
+
+def test_a_cast_is_no_movement() -> None:
+    """Numbers that are copied into integers lose their fractions."""
+    model = Around(lambda self, y: y + torch.zeros_like(y, dtype=torch.int64)).double()
+
+    def change(data: Data) -> None:
+        for stage in data["stages"]:
+            graph = stage["graph"]
+            for at, row in enumerate(graph):
+                if row["target"].startswith("aten.add"):
+                    y, zeros = row["args"]["tuple"]
+                    part = {"name": "part", "op": "call_function", "target": "aten.copy.default",
+                            "args": {"tuple": [zeros, y]}}  # fmt: skip
+                    row["args"]["tuple"][0] = {"node": "part"}
+                    graph.insert(at, part)
+                    break
+
+    refused(model, change)
+
+
+def test_complex_numbers_are_followed() -> None:
+    def operator(self: Any, y: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_real(torch.complex(y, y * 2) * self.turn).sum(-1)
+
+    model = Around(operator, turn=torch.rand(8, 1, 1, dtype=torch.complex128))
+    for part in (model.conv, model.norm, model.head):
+        part.double()
+    verify(model.eval(), compiled(model))

@@ -13,9 +13,11 @@ expression.
 
 - ``terms``: arithmetic on terms.
 - ``layers``: what weighted layers and norms do to terms.
-- ``operators``: what every other operator does to terms.
+- ``operators``: what every other operator does to terms; ``arguments`` and ``subscripts``: what
+  it is given, and the letters of contractions.
 - ``specification``: the masked form in terms.
 - ``network``: a staged network in terms.
+- ``runs``: what runs is what the graphs say, for batches of any size, at the cost that is said.
 - ``weights``: the numbers themselves, and what was trained since.
 - ``verify``: all of it together.
 """

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map_only
 from s2d_compiler.computed import ComputedLayer
 from s2d_compiler.computed import Value as Named
 from s2d_compiler.provenance import Slice
-from s2d_compiler.verification.operators import Operators, Value
+from s2d_compiler.verification.arguments import Value
+from s2d_compiler.verification.operators import Operators
 from s2d_compiler.verification.terms import Keys, Terms, mixed, scrambled
 
 _CONVOLUTIONS = (

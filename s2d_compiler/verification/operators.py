@@ -13,12 +13,22 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from s2d_compiler.verification.arguments import (
+    Value,
+    bind,
+    is_known,
+    is_transposed,
+    is_value,
+    leaves,
+    opname,
+    result_of_zeros,
+    unbind,
+)
 from s2d_compiler.verification.subscripts import (
     diagonals,
     equation,
@@ -28,19 +38,6 @@ from s2d_compiler.verification.subscripts import (
 from s2d_compiler.verification.terms import Keys, Terms, mixed
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Value:
-    """A tensor of terms.
-
-    Attributes:
-        terms: Terms, of the tensor's shape.
-        known: The numbers themselves, where they depend on constants alone.
-    """
-
-    terms: Terms
-    known: torch.Tensor | None = None
 
 
 _SAME = frozenset("clone contiguous detach alias lift_fresh dropout native_dropout".split())
@@ -110,11 +107,11 @@ class Operators:
         if target._schema.is_mutable:
             raise ValueError("it writes into its operands")
         given = bind(target, args, kwargs)
-        values = [v for v in _leaves(given.values()) if isinstance(v, Value)]
-        if _opname(target) in ("sym_size", "sym_numel"):
+        values = [v for v in leaves(given.values()) if isinstance(v, Value)]
+        if opname(target) in ("sym_size", "sym_numel"):
             (x,) = (v for v in values)
             return x.terms.shape[int(given["dim"])] if "dim" in given else x.terms.numel()
-        if not values or (_is_known(target) and _opname(target) in _CREATION):
+        if not values or (is_known(target) and opname(target) in _CREATION):
             return self._created(target, args, kwargs)
         result = self._terms(target, given, args, kwargs)
         return self._with_known(target, args, kwargs, values, result)
@@ -128,7 +125,7 @@ class Operators:
         def plain(v: Any) -> Any:
             return torch.zeros(v.terms.shape) if isinstance(v, Value) else v
 
-        result = target(*tree_map(plain, list(args), is_leaf=_is_value), **kwargs)
+        result = target(*tree_map(plain, list(args), is_leaf=is_value), **kwargs)
         return self.value(result) if isinstance(result, torch.Tensor) else result
 
     def _with_known(
@@ -137,7 +134,7 @@ class Operators:
         """The result, with its numbers where all operands are known integers."""
         if not isinstance(result, Value) or any(v.known is None for v in values):
             return result
-        plain = [tree_map(lambda v: v.known if _is_value(v) else v, a, is_leaf=_is_value)
+        plain = [tree_map(lambda v: v.known if is_value(v) else v, a, is_leaf=is_value)
                  for a in (list(args), dict(kwargs))]  # fmt: skip
         try:
             known = target(*plain[0], **plain[1])
@@ -151,8 +148,8 @@ class Operators:
     # -- kinds -------------------------------------------------------------------------------------
 
     def _terms(self, target: Any, given: dict[str, Any], args: Any, kwargs: Any) -> Any:
-        name = _opname(target)
-        if not _is_known(target):
+        name = opname(target)
+        if not is_known(target):
             if torch.Tag.pointwise in target.tags:
                 return self._mapped(str(target), list(given.values()))
             return self._whole(name, target, given)
@@ -166,6 +163,10 @@ class Operators:
             return self._window(name, target, given)
         if name in _REDUCTIONS:
             return self._reduced(name, target, given)
+        if name in ("var_mean", "std_mean"):
+            return [self._reduced(f"{name} {k}", target, given) for k in range(2)]
+        if name == "batch_norm":
+            return self._normalised(given)
         if name in _ALONG_ONE:
             return self._along_one(name, given)
         if name in ("matmul", "bmm", "mm", "einsum"):
@@ -192,7 +193,7 @@ class Operators:
         tensors = {k for k, a in enumerate(arguments) if "Tensor" in str(a.type)} | {-1}
 
         def plain(position: int, v: Any) -> Any:
-            if not _is_value(v):
+            if not is_value(v):
                 return v
             if position not in tensors:
                 raise UnknownIndexError
@@ -204,13 +205,11 @@ class Operators:
 
         try:
             moved = [
-                tree_map(lambda v, k=k: plain(k, v), a, is_leaf=_is_value)
+                tree_map(lambda v, k=k: plain(k, v), a, is_leaf=is_value)
                 for k, a in enumerate(args)
             ]
             named = {
-                k: tree_map(
-                    lambda v, k=k: plain(2 if k == "index" else -1, v), a, is_leaf=_is_value
-                )
+                k: tree_map(lambda v, k=k: plain(2 if k == "index" else -1, v), a, is_leaf=is_value)
                 for k, a in kwargs.items()
             }
         except UnknownIndexError:
@@ -266,6 +265,18 @@ class Operators:
         if not given.get("keepdim"):
             kept = kept.squeeze(tuple(d % rank for d in dims)) if rank else kept
         return Value(kept)
+
+    def _normalised(self, given: dict[str, Any]) -> Value:
+        """A batch norm that is an operator, of a weight or of values: dimension 1 is kept."""
+        x: Terms = given["input"].terms
+        rest = {k: v for k, v in given.items() if not isinstance(v, Value)}
+        parts = [x]
+        if given["training"]:
+            parts.append(self.keys.collected(x, [d for d in range(x.dim()) if d != 1]))
+        form = [-1 if d == 1 else 1 for d in range(x.dim())]
+        names = ("weight", "bias", "running_mean", "running_var")
+        parts += [given[n].terms.reshape(form) for n in names if isinstance(given[n], Value)]
+        return Value(mixed(self._name("batch_norm", rest), *parts))
 
     def _along_one(self, name: str, given: dict[str, Any]) -> Value:
         x: Value = given["self"]
@@ -357,7 +368,7 @@ class Operators:
             and x.terms.dim() == weight.terms.dim()
             and given["groups"] == x.terms.shape[1] == weight.terms.shape[0]
             and given["bias"] is None
-            and (weight.terms.shape[1] == 1 or not _is_transposed(given))
+            and (weight.terms.shape[1] == 1 or not is_transposed(given))
         )
 
     def _filtered(self, name: str, target: Any, given: dict[str, Any]) -> Value:
@@ -376,12 +387,12 @@ class Operators:
         """Depends on everything that it is given."""
         parts = [
             self.keys.gathered(v.terms, range(v.terms.dim())).reshape(())
-            for v in _leaves(given.values())
+            for v in leaves(given.values())
             if isinstance(v, Value)
         ]
-        shapes_given = [tuple(v.terms.shape) for v in _leaves(given.values())
+        shapes_given = [tuple(v.terms.shape) for v in leaves(given.values())
                         if isinstance(v, Value)]  # fmt: skip
-        settings = tree_map(lambda v: None if _is_value(v) else v, dict(given), is_leaf=_is_value)
+        settings = tree_map(lambda v: None if is_value(v) else v, dict(given), is_leaf=is_value)
         seen = mixed(self._name((name, str(target), shapes_given), settings), *parts)
         shapes = [shape] if shape is not None else self._shapes(target, given)
         found = [
@@ -394,19 +405,19 @@ class Operators:
         """A number for an operator and its settings; some are numbers that were read from a
         tensor."""
         rest = [
-            (k, tree_map(lambda v: "tensor" if _is_value(v) else v, v, is_leaf=_is_value))
+            (k, tree_map(lambda v: "tensor" if is_value(v) else v, v, is_leaf=is_value))
             for k, v in given.items()
         ]
         label = self.keys.of("operator", name, str(rest))
         read = [self.keys.gathered(v.terms, range(v.terms.dim())).reshape(())
-                for v in _leaves(given.values()) if isinstance(v, Value)]  # fmt: skip
+                for v in leaves(given.values()) if isinstance(v, Value)]  # fmt: skip
         return mixed(label, *read) if read else label
 
     def _shapes(self, target: Any, given: Mapping[str, Any]) -> list[tuple[int, ...]]:
         """Shapes of the results, from a run on shapes alone."""
 
         def shaped(v: Any) -> Any:
-            if not _is_value(v):
+            if not is_value(v):
                 return v
             if v.known is not None and not v.known.is_floating_point():
                 return v.known
@@ -415,9 +426,9 @@ class Operators:
         def index(v: Any) -> Any:
             return v.long() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
 
-        found = {k: tree_map(shaped, v, is_leaf=_is_value) for k, v in given.items()}
+        found = {k: tree_map(shaped, v, is_leaf=is_value) for k, v in given.items()}
         for argument in target._schema.arguments:  # a number that was read from a tensor
-            if "Tensor" not in str(argument.type) and _is_value(given.get(argument.name)):
+            if "Tensor" not in str(argument.type) and is_value(given.get(argument.name)):
                 found[argument.name] = 0
         for name in ("index", "indices"):
             if name in found:
@@ -426,9 +437,7 @@ class Operators:
         try:
             result = target(*args, **kwargs)
         except (RuntimeError, NotImplementedError):
-            real = [torch.zeros(a.shape, dtype=a.dtype) if isinstance(a, torch.Tensor) else a
-                    for a in args]  # fmt: skip
-            result = target(*real, **kwargs)
+            result = result_of_zeros(target, args, kwargs)
         if isinstance(result, bool | int | float):
             return [()]
         results = [result] if isinstance(result, torch.Tensor) else list(result)
@@ -437,51 +446,3 @@ class Operators:
 
 class UnknownIndexError(Exception):
     """An index depends on the input."""
-
-
-def _leaves(items: Any) -> list[Any]:
-    return tree_leaves(list(items), is_leaf=_is_value)
-
-
-def _is_value(item: Any) -> bool:
-    return isinstance(item, Value)
-
-
-def _opname(target: Any) -> str:
-    name = str(target._opname)
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
-
-
-def _is_known(target: Any) -> bool:
-    """Whether an operator is one of torch's own, whose name says what it does."""
-    return str(target.namespace) == "aten"
-
-
-def _is_transposed(given: Mapping[str, Any]) -> bool:
-    return bool(given.get("transposed")) or "output_padding" in given
-
-
-def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by their names in the operator's schema, defaults filled in."""
-    found: dict[str, Any] = {}
-    for k, argument in enumerate(target._schema.arguments):
-        if k < len(args):
-            found[argument.name] = args[k]
-        elif argument.name in kwargs:
-            found[argument.name] = kwargs[argument.name]
-        elif argument.has_default_value():
-            found[argument.name] = argument.default_value
-    return found
-
-
-def unbind(target: Any, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments for a call."""
-    args, kwargs = [], {}
-    for argument in target._schema.arguments:
-        if argument.name not in given:
-            continue
-        if argument.kwarg_only:
-            kwargs[argument.name] = given[argument.name]
-        else:
-            args.append(given[argument.name])
-    return args, kwargs

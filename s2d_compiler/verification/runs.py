@@ -26,7 +26,7 @@ from s2d_compiler.program import SAMPLE_BATCH, Program
 from s2d_compiler.verification.words import DAMAGED, first_line
 
 #: Larger than any batch that a graph could have been cut to by mistake, and like no other size.
-_MANY = 1_000_003
+_MANY = 10_007
 _NOT_FAKED = (
     DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
     NotImplementedError,
@@ -115,7 +115,9 @@ def compare_shapes(dyn: DynamicModel, program: Program) -> None:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             inputs = tuple(
-                torch.empty((batch, *x.shape[1:]) if x.dim() else (), dtype=x.dtype)
+                torch.empty(
+                    (batch, *x.shape[1:]) if x.dim() else (), dtype=x.dtype, device=x.device
+                )
                 for x in program.examples
             )
             want, found = _exits(program, dyn, inputs)

@@ -25,8 +25,9 @@ from s2d_compiler.program import is_scalar, place
 from s2d_compiler.provenance import Slice, normalised
 from s2d_compiler.rules.layers import GROUPS_TO_CUT_BETWEEN, is_layer
 from s2d_compiler.thin_expression import slice_expression
+from s2d_compiler.verification.arguments import Value
 from s2d_compiler.verification.layers import Held, UnknownModuleError, apply_module, layer_shape
-from s2d_compiler.verification.operators import Operators, Value
+from s2d_compiler.verification.operators import Operators
 from s2d_compiler.verification.terms import Terms
 from s2d_compiler.verification.words import first_line
 

@@ -22,8 +22,9 @@ from s2d_compiler.provenance import Slice
 from s2d_compiler.structure import encode_structure
 from s2d_compiler.submodules import part_of
 from s2d_compiler.tracing import capture
+from s2d_compiler.verification.arguments import Value
 from s2d_compiler.verification.network import Network, StageRun, place
-from s2d_compiler.verification.operators import Operators, Value
+from s2d_compiler.verification.operators import Operators
 from s2d_compiler.verification.runs import (
     compare_costs,
     compare_shapes,
