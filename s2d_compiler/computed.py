@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +188,26 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
         return tuple(weight_of(module).shape)
     kernel = module.settings.get("kernel_size", ())
     return (module.out_channels, module.in_channels // module.groups, *kernel)
+
+
+_PRODUCTS = ("mm", "matmul", "einsum", "linear", "conv", "bmm", "tensordot", "mv", "dot")
+
+
+def weight_macs(module: nn.Module) -> int:
+    """MACs of the matrix products in a layer's computed weight, spent once in every run."""
+    if not isinstance(module, ComputedLayer):
+        return 0
+    steps = module.expression.steps
+    if not any(word in str(step.target) for step in steps for word in _PRODUCTS):
+        return 0
+    tensors = module.tensors()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        try:
+            module.expression.values({k: t.to("meta") for k, t in tensors.items()})
+        except (RuntimeError, NotImplementedError):  # an operator without shapes of its own
+            counter.flop_counts.clear()
+            module.expression.values({k: t.detach() for k, t in tensors.items()})
+    return int(counter.get_total_flops()) // 2
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:

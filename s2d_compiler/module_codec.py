@@ -182,8 +182,7 @@ def decode_module(
     if name.startswith(_WITH_BIAS):
         rules = {**rules, "bias": _FLAG}
     arguments = row.inner("arguments")
-    if set(arguments.data) != set(rules):
-        damaged(arguments.place, f"{name} has not the arguments {', '.join(sorted(rules))}")
+    _require_arguments(arguments, name, rules)
     for key, rule in rules.items():
         if not rule.holds(arguments.data[key]):
             damaged(arguments.at(key), f"{shown(arguments.data[key])} is not {rule.text}")
@@ -222,12 +221,18 @@ def _encode_computed(module: ComputedLayer, place: str) -> dict[str, Any]:
     }
 
 
+def _require_arguments(row: Fields, name: str, expected: Collection[str]) -> None:
+    if set(row.data) != set(expected):
+        damaged(row.place, f"{name} has not the arguments {', '.join(sorted(expected))}")
+
+
 def _decode_computed(
     row: Fields,
     tensors: Mapping[str, torch.Tensor],
     unsaved: frozenset[str],
     operators: Collection[str] | None,
 ) -> nn.Module:
+    _require_arguments(row, COMPUTED, ("layer", "weight", "bias", "steps"))
     layer = decode_module(row.inner("layer"))
     if type(layer).__name__ not in SETTINGS:
         damaged(row.place, f"a {type(layer).__name__} has no computed weight")

@@ -402,3 +402,38 @@ def test_complex_numbers_are_followed() -> None:
     for part in (model.conv, model.norm, model.head):
         part.double()
     verify(model.eval(), compiled(model))
+
+
+class LowRank(nn.Module):
+    """A weight with a low-rank update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 16))
+        self.up = nn.Parameter(torch.randn(8, 2))
+        self.down = nn.Parameter(torch.randn(2, 16))
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return F.linear(y, self.weight + self.up @ self.down)
+
+
+class Updated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3)
+        self.mix = LowRank()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mix(self.conv(x).mean((2, 3))).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Updated(), Around(_sum("ncij,ncjk->nc")), Around(_sum("ncij,nckl->nc"))],
+    ids=["low rank", "summed alone", "summed apart"],
+)
+def test_costs_are_what_runs(model: nn.Module) -> None:
+    model = model.double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    verify(model, compiled(model, x), (x,))

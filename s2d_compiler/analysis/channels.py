@@ -18,7 +18,7 @@ from torch import fx
 from s2d_compiler.analysis.labels import NOBODY, VERSIONED, Labels, Ties, has_atoms, uniform
 from s2d_compiler.analysis.layer_graph import last_layers, layer_graph
 from s2d_compiler.analysis.resolutions import as_pixels, position_count, resolution
-from s2d_compiler.computed import weight_shape
+from s2d_compiler.computed import weight_macs, weight_shape
 from s2d_compiler.memory import explained
 from s2d_compiler.program import Layer, Program, is_read_number, is_scalar, path_of, shape_of
 from s2d_compiler.rules import UNKNOWN, NoRule, OperatorRule, find_rule, rule_key
@@ -250,7 +250,8 @@ def _takes_read_number(node: fx.Node) -> bool:
 
 def layer_macs(program: Program, node: fx.Node) -> int:
     """MACs per sample of a whole layer at one call site."""
-    return math.prod(weight_shape(program.module(node))) * layer_positions(node)
+    module = program.module(node)
+    return math.prod(weight_shape(module)) * layer_positions(node) + weight_macs(module)
 
 
 def layer_positions(node: fx.Node) -> int:

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from s2d_compiler.analysis.channels import layer_macs, layer_positions
 from s2d_compiler.attributes import read
-from s2d_compiler.computed import weight_shape
+from s2d_compiler.computed import weight_macs, weight_shape
 from s2d_compiler.fields import Fields, as_number, as_text, damaged, fields_of, shown
 from s2d_compiler.program import Program
 from s2d_compiler.rules import UNKNOWN, find_rule
@@ -143,7 +143,7 @@ def node_macs(program: Program, stage: fx.GraphModule, node: fx.Node) -> int:
         return 0
     if node.op == "call_module" and is_layer(origin):
         module = stage.get_submodule(str(node.target))
-        macs = math.prod(weight_shape(module)) * layer_positions(origin)
+        macs = math.prod(weight_shape(module)) * layer_positions(origin) + weight_macs(module)
     elif node.op == "call_function" and node.target is origin.target:
         macs = (find_rule(origin) or UNKNOWN).macs(origin)
     else:

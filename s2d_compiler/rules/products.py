@@ -77,11 +77,15 @@ def _einsum_macs(equation: str, shapes: list[tuple[int, ...]]) -> int:
     held = _named_sizes(terms[0], shapes[0])
     later = equation.replace(" ", "").partition("->")[2]
     for position, (term, shape) in enumerate(zip(terms[1:], shapes[1:], strict=True), start=2):
-        both = held | _named_sizes(term, shape)
+        mine = _named_sizes(term, shape)
+        both = held | mine
         needed = set("".join(terms[position:])) | set(later)
-        summed = [k for k in _named_sizes(term, shape) if k in held and k not in needed]
+        summed = [k for k in mine if k in held and k not in needed]
         if any(both[k] > 1 for k in summed):  # torch multiplies elementwise otherwise
-            total += _size(tuple(both.values()))
+            # What only one of them has is summed before it is multiplied.
+            shared = {k for k in mine if k in held}
+            counted = (n for k, n in both.items() if k in needed | shared or k.startswith("."))
+            total += _size(tuple(counted))
         held = {k: n for k, n in both.items() if k in needed or k.startswith(".")}
     return total
 
