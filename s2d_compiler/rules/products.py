@@ -70,12 +70,14 @@ def _run_macs(node: fx.Node, target: torch._ops.OpOverload, shapes: list[tuple[i
 
 def _einsum_macs(equation: str, shapes: list[tuple[int, ...]]) -> int:
     """Size of the index space of a product of two operands; more are multiplied one by one."""
-    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    left, arrow, later = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:  # the result has what stands there once
+        later = "".join(k for k in left if left.count(k) == 1)
     if len(terms) < 2 or len(terms) != len(shapes):
         return 0
     total = 0
     held = _named_sizes(terms[0], shapes[0])
-    later = equation.replace(" ", "").partition("->")[2]
     for position, (term, shape) in enumerate(zip(terms[1:], shapes[1:], strict=True), start=2):
         mine = _named_sizes(term, shape)
         both = held | mine
