@@ -109,8 +109,17 @@ class CheckError(S2DError):
 class VerifyError(S2DError):
     """A staged network is not what its plan makes of the model.
 
-    The message names the first place that differs. Compile the model again; if the network was
-    trained since, verify it with ``trained=True`` (``--trained``).
+    The message names the first place that differs.
+
+    Example:
+        stage 1, node 'relu_default' (aten.sigmoid.default): none of the 288 numbers that it
+        computes is one that the plan gives stage 1; operator, operands, settings or slice differ;
+        the file is damaged, or was not made from this model; compile the model again.
+
+    What to do:
+        Give the model and the plan's example inputs that the network was made from. Compile the
+        model again; if the network was trained since, verify it with ``trained=True``
+        (``--trained``).
     """
 
 

@@ -22,6 +22,7 @@ from tests.errors import (
     cases_pickles,
     cases_plan,
     cases_reading,
+    cases_verify,
 )
 from tests.errors.case import Case
 from tests.errors.sites import (
@@ -43,6 +44,7 @@ TABLES = (
     cases_pickles,
     cases_reading,
     cases_commands,
+    cases_verify,
 )
 CASES: dict[str, Case] = {
     f"{table.__name__.rpartition('_')[2]}: {name}": case

@@ -141,12 +141,8 @@ def _exits(
             want = _shapes(program.graph_module(*inputs))
         except _FAILURES as error:
             raise NotImplementedError from error
-        try:
+        with _must_run():
             return want, [_shapes(output) for output in dyn.exits_of(inputs)]
-        except _NOT_FAKED:
-            raise
-        except _FAILURES as error:
-            raise _cannot_run(error) from error
 
 
 def _shapes(output: Any) -> Shapes:
@@ -158,11 +154,17 @@ def _text(shapes: Shapes) -> str:
     return ", ".join("a number" if s is None else f"{s[0]} of {s[1]}" for s in shapes)
 
 
-def _cannot_run(error: Exception) -> VerifyError:
-    return VerifyError(
-        f"it cannot run on what the model takes: {first_line(error)}; move it back to the "
-        f"model's type and device if it was moved, otherwise {DAMAGED}"
-    )
+@contextlib.contextmanager
+def _must_run() -> Iterator[None]:
+    try:
+        yield
+    except (*_NOT_FAKED, VerifyError):
+        raise
+    except _FAILURES as error:
+        raise VerifyError(
+            f"the network cannot run on what the model takes: {first_line(error)}; move it back to "
+            f"the model's type and device if it was moved, otherwise {DAMAGED}"
+        ) from error
 
 
 # -- costs -----------------------------------------------------------------------------------------
@@ -231,10 +233,7 @@ def _counting() -> Iterator[FlopCounterMode]:
 def _counted(dyn: DynamicModel, inputs: tuple[torch.Tensor, ...]) -> list[int]:
     """MACs of every stage in one run."""
     found: list[int] = []
-    try:
-        with _counting() as counter:
-            for _ in dyn.exits_of(inputs):
-                found.append(int(counter.get_total_flops()) // 2 - sum(found))
-    except _FAILURES as error:
-        raise _cannot_run(error) from error
+    with _must_run(), _counting() as counter:
+        for _ in dyn.exits_of(inputs):
+            found.append(int(counter.get_total_flops()) // 2 - sum(found))
     return found

@@ -86,6 +86,7 @@ def verify(
         VerifyError: The network is something else; the message names the first place.
         CaptureError, InputShapeError, UsageError: The model cannot be captured.
     """
+    require_nothing_hidden(dyn)
     program = _captured(part_of(model, submodule), dyn, example_inputs, example_kwargs)
     return verify_captured(program, dyn, trained=trained)
 
@@ -318,11 +319,12 @@ def _first_difference(
             at = torch.searchsorted(known, flat).clamp(max=len(known) - 1)
             missing = int((known[at] != flat).sum())
             if missing:
-                share = "none" if missing == flat.numel() else f"{flat.numel() - missing}"
+                share = f"{missing} of the {flat.numel()} numbers that it computes are none"
+                if missing == flat.numel():
+                    share = f"none of the {missing} numbers that it computes is one"
                 return (
-                    f"{place(number, node)}: {share} of the {flat.numel()} numbers that it "
-                    f"computes is one that the plan gives stage {number + 1}; operator, operands, "
-                    f"settings or slice differ; {DAMAGED}"
+                    f"{place(number, node)}: {share} that the plan gives stage {number + 1}; "
+                    f"operator, operands, settings or slice differ; {DAMAGED}"
                 )
     if isinstance(want, Value) and isinstance(mine, Value):
         if want.terms.shape != mine.terms.shape:
