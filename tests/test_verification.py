@@ -126,7 +126,7 @@ def _no_provenance(dyn: DynamicModel) -> DynamicModel:
     ("change", "message"),
     [
         (_another_plan, r"a channel of body\.0 is in stage 1, by the plan .* in stage 2; it was"),
-        (_one_stage_less, r"it has 2 stages, its plan 3"),
+        (_one_stage_less, r"the network has 2 stages, its plan 3"),
         (_no_provenance, r"stage 2: parameter 'body\.4\.weight' is no slice of the original's"),
         (_another_type, r"and \d+ more of \d+ tensors hold other numbers"),
     ],
