@@ -143,6 +143,11 @@ def encode_module(module: nn.Module, place: str) -> dict[str, Any]:
             f"{place}: modules of class {type(module).__module__}.{name} cannot be stored "
             f"in a dyn.pt, which holds {', '.join(sorted(_MODULES))}; make it of these."
         )
+    if problem := _beyond_its_class(module):
+        raise FormatError(
+            f"{place}: this {name} {problem}, which a dyn.pt cannot hold; take it away before "
+            "saving, for instance with prune.remove or remove_weight_norm."
+        )
     arguments: dict[str, Any] = {}
     for key in _MODULES[name][1]:
         value = getattr(module, key)
@@ -150,6 +155,20 @@ def encode_module(module: nn.Module, place: str) -> dict[str, Any]:
     if name.startswith(_WITH_BIAS):
         arguments["bias"] = module.bias is not None
     return {"class": name, "arguments": arguments}
+
+
+#: Parameters and buffers of all classes that a file holds.
+_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+
+
+def _beyond_its_class(module: nn.Module) -> str:
+    """What a layer has besides what its class gives it; empty for nothing."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has a hook"
+    if "forward" in vars(module):
+        return "has a forward of its own"
+    more = sorted({*module._parameters, *module._buffers} - _TENSORS)
+    return f"holds {more[0]!r} as well" if more else ""
 
 
 def decode_module(

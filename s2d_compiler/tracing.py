@@ -28,6 +28,7 @@ from s2d_compiler.memory import explained, let_through
 from s2d_compiler.program import Dropped, Program, safe_name
 from s2d_compiler.raising import Raiser
 from s2d_compiler.regions import inline_regions
+from s2d_compiler.selected_sizes import settle_sizes
 from s2d_compiler.unmerge import unmerge_batch
 
 log = logging.getLogger(__name__)
@@ -419,6 +420,7 @@ def _program(
     notes += written
     lifted.unlift(graph)
     graph_module = fx.GraphModule(lifted.root, graph, class_name=type(model).__name__)
+    settle_sizes(graph_module, _copies(call).tensors)
     for node in graph.nodes:
         node.meta["path"] = _module_path(node)
     pieces_to_slices(graph)

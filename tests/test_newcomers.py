@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from s2d_compiler import Plan, inspect_model, transform
+from s2d_compiler import Plan, inspect_model, transform, verify
 from s2d_compiler.cli import compile_main, main
 from s2d_compiler.errors import InputShapeError
 
@@ -106,6 +106,26 @@ def test_examples_of_different_batches_are_refused() -> None:
     examples = (torch.randn(4, 3, 8, 8), torch.randn(2, 5))
     with pytest.raises(InputShapeError, match=r"have 2 and 4 in dimension 0.* give them one batch"):
         transform(Two(), PLAN, examples)
+
+
+class Selecting(nn.Module):
+    """Channels that a constant mask selects; export leaves their number open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.head = nn.Linear(8, 4)
+        self.register_buffer("mask", torch.arange(16) % 2 == 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        selected = self.stem(x)[:, self.mask] * 2  # type: ignore[index]
+        return self.head(selected.relu().amax((2, 3))[:, :8])  # type: ignore[no-any-return]
+
+
+def test_channels_selected_by_a_mask() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = Selecting()
+    assert verify(model, transform(model, PLAN, (x,)), (x,)).stages == 3
 
 
 def test_the_package_runs_as_a_module() -> None:

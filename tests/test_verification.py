@@ -87,7 +87,7 @@ def test_trained_weights_are_told_apart_from_structure() -> None:
         for parameter in dyn.parameters():
             parameter -= 0.1 * parameter.grad if parameter.grad is not None else 0
     dyn.eval()
-    with pytest.raises(VerifyError, match=r"stages\.0\.body\.0\.weight and \d+ more .*--trained"):
+    with pytest.raises(VerifyError, match=r"numbers.*stages\.0\.body\.0\.weight first.*--trained"):
         verify(model, dyn)
     verification = verify(model, dyn, trained=True)
     assert "stages.0.body.1.running_mean" in verification.weights.changed
@@ -128,7 +128,7 @@ def _no_provenance(dyn: DynamicModel) -> DynamicModel:
         (_another_plan, r"a channel of body\.0 is in stage 1, by the plan .* in stage 2; it was"),
         (_one_stage_less, r"the network has 2 stages, its plan 3"),
         (_no_provenance, r"stage 2: parameter 'body\.4\.weight' is no slice of the original's"),
-        (_another_type, r"and \d+ more of \d+ tensors hold other numbers"),
+        (_another_type, r"\d+ of \d+ tensors hold other numbers"),
     ],
 )
 def test_what_differs_is_named(
@@ -141,7 +141,7 @@ def test_what_differs_is_named(
 
 def test_another_model_is_refused() -> None:
     dyn = compiled(Small())
-    with pytest.raises(VerifyError, match=r"tensors hold other numbers than the original"):
+    with pytest.raises(VerifyError, match=r"tensors hold other numbers"):
         verify(Small(), dyn)
     with pytest.raises(VerifyError, match=r"output 1 has shape \(2, 5\), the plan gives \(2, 6\)"):
         verify(_another_model(dyn), dyn, trained=True)

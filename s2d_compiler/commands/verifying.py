@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from s2d_compiler.commands.options import REPORTING, SOURCE, ModelSource, Reporting, Result
+from s2d_compiler.errors import UsageError
 
 
 def verify_network(
@@ -32,10 +33,19 @@ def verify_network(
     from s2d_compiler.verification import verify
 
     staged = load(dyn)
-    submodule = source.submodule or staged.parts.made_by.get("submodule")
+    submodule = source.submodule
+    if submodule is None and isinstance(staged.parts.made_by.get("submodule"), str):
+        submodule = str(staged.parts.made_by["submodule"])
+    if source.shape is not None and staged.parts.input_shapes != (source.shape,):
+        shapes = " and ".join("x".join(map(str, s)) for s in staged.parts.input_shapes)
+        raise UsageError(
+            f"--input-shape: {source.input_shape} is not what {dyn} takes, {shapes}; leave the "
+            "option out, or name the network that was compiled for that shape"
+        )
     found = verify(replace(source, submodule=None).read(model), staged, submodule=submodule,
                    trained=trained)  # fmt: skip
     document = {
+        "submodule": submodule,
         "stages": found.stages,
         "nodes": found.nodes,
         "terms": found.terms,
@@ -46,8 +56,9 @@ def verify_network(
     weights = f"all {tensors} tensors hold the original's numbers"
     if found.weights.changed:
         weights = f"{len(found.weights.changed)} of {tensors} tensors hold other numbers (trained)"
+    part = "" if submodule is None else f"the part {submodule} of "
     text = (
-        f"verified: {found.stages} stages compute what the plan makes of {model}\n"
+        f"verified: {found.stages} stages compute what the plan in {dyn} makes of {part}{model}\n"
         f"{found.nodes:,} nodes with {found.terms:,} values, each derived twice; {weights}; the "
         "costs are what runs"
     )

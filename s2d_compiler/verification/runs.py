@@ -48,6 +48,11 @@ def require_nothing_hidden(dyn: DynamicModel) -> None:
     Raises:
         VerifyError: There are hooks, other code than the graphs', or stages of another class.
     """
+    if type(dyn) is not DynamicModel:
+        raise VerifyError(
+            f"what is verified is a {type(dyn).__name__}, no DynamicModel; verify the one in it, "
+            "or load the file first."
+        )
     for name, module in dyn.named_modules():
         place = name or "the network"
         if module._forward_hooks or module._forward_pre_hooks:
@@ -59,10 +64,12 @@ def require_nothing_hidden(dyn: DynamicModel) -> None:
             raise VerifyError(
                 f"{place} has another forward than its class, which no graph shows; take it away."
             )
-    if type(dyn) is not DynamicModel:
-        raise VerifyError(
-            f"what is verified is a {type(dyn).__name__}, no DynamicModel; verify the one in it."
-        )
+    for name, tensor in [*dyn.named_parameters(), *dyn.named_buffers()]:
+        if tensor.is_meta:
+            raise VerifyError(
+                f"{name} is on the device meta, where tensors hold no numbers; load the network on "
+                "another device."
+            )
     for number, stage in enumerate(dyn.stages, start=1):
         if not isinstance(stage, fx.GraphModule):
             raise VerifyError(

@@ -118,8 +118,8 @@ def verify_captured(
     weights = compare_weights(dyn, program)
     if weights.changed and not trained:
         raise VerifyError(
-            f"{weights.changed[0]} and {len(weights.changed) - 1} more of "
-            f"{weights.equal + len(weights.changed)} tensors hold other numbers than the original; "
+            f"{len(weights.changed)} of {weights.equal + len(weights.changed)} tensors hold other "
+            f"numbers, or numbers of another type, than the original, {weights.changed[0]} first; "
             "what the stages compute with them is what the plan says. If the network was trained "
             "since, say so (--trained, trained=True)."
         )

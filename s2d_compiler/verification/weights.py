@@ -78,8 +78,25 @@ def compare_weights(dyn: DynamicModel, program: Program) -> Weights:
                 f"does not change; {DAMAGED}"
             )
         else:
+            _require_sound(name, tensor)
             changed.append(name)
     return Weights(equal, tuple(changed))
+
+
+def _require_sound(name: str, tensor: torch.Tensor) -> None:
+    """Training that went wrong leaves numbers that no network can compute with."""
+    tensor = tensor.detach()
+    if not tensor.is_floating_point():
+        return
+    wrong = ~torch.isfinite(tensor)
+    if name.endswith("running_var"):
+        wrong = wrong | (tensor < 0)
+    if wrong.any():
+        found = float(tensor[wrong].flatten()[0])
+        raise VerifyError(
+            f"{name}: holds {found:g}, and weights are finite, variances not negative; the "
+            "training went wrong: go back to an earlier state."
+        )
 
 
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -42,6 +42,10 @@ def by_value(x: Tensor) -> Tensor:
     return x.relu() if x.sum() > 0 else x
 
 
+def of_a_size_by_value(x: Tensor) -> Tensor:
+    return x[:, (x - x[:, :, :1, :1])[0, :, 2, 2] != 0].sum(1)
+
+
 def under_autocast(x: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return x @ x
@@ -161,6 +165,13 @@ CASES = {
         "torch.export cannot capture Body",
         "Values of tensors must not decide what runs",
         "remove that from the model's forward, or transform the part without it",
+    ),
+    "size by value": of_body(
+        of_a_size_by_value,
+        "the size of index",
+        "0 for one, 4 for another",
+        "Values of tensors must not decide what runs",
+        "multiply by the mask instead of selecting with it",
     ),
     "autocast": of_body(
         under_autocast,

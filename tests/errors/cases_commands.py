@@ -111,6 +111,14 @@ def no_memory(folder: Path) -> object:
 
 
 CASES: dict[str, Any] = {
+    "shape of a network": command(
+        UsageError,
+        "verify model.pt dyn.pt --input-shape 3x9x9",
+        "--input-shape",
+        "3x9x9",
+        "is not what dyn.pt takes",
+        "leave the option out",
+    ),
     "no such option": command(
         UsageError, "show dyn.pt --grahp 1", "--grahp", "--grahp", "Unknown option", "s2d --help"
     ),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.utils.prune
 import torch.utils._pytree as pytree
 from torch import nn
 
@@ -88,6 +89,12 @@ PAIR = f"{Pair.__module__}.Pair"
 def context_of_code() -> Any:
     """The structure of an output of a class that keeps something beside its tensors."""
     return pytree.TreeSpec(dict, [Own()], [pytree.treespec_leaf()])
+
+
+def pruned() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    torch.nn.utils.prune.l1_unstructured(layer, "weight", 3)
+    return layer
 
 
 CASES = {
@@ -374,6 +381,13 @@ CASES = {
         "modules of class torch.nn.modules.linear.Bilinear",
         "cannot be stored in a dyn.pt, which holds",
         "make it of these",
+    ),
+    "hooked module": said(
+        lambda folder: encode_module(pruned(), "stage 1, mix"),
+        "stage 1, mix",
+        "this Linear has a hook",
+        "which a dyn.pt cannot hold",
+        "take it away before saving",
     ),
     "function": said(
         lambda folder: operator_to_name(len, "stage 1, node 'a'"),

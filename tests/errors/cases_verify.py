@@ -195,6 +195,12 @@ def moved(dyn: DynamicModel) -> object:
     return verify(model(), dyn, trained=True)
 
 
+def diverged(dyn: DynamicModel) -> object:
+    with torch.no_grad():
+        stage_of(dyn).get_submodule("norm").running_var.fill_(-1)
+    return verify(model(), dyn, trained=True)
+
+
 class Masked(nn.Module):
     """A layer with a computed weight that holds a constant."""
 
@@ -275,7 +281,7 @@ CASES: dict[str, Case] = {
         "give the model that it was made from",
     ),
     "trained": changed(
-        trained, "stages.0.conv.weight and 0 more", "hold other numbers than the original",
+        trained, "stages.0.conv.weight first", "tensors hold other numbers",
         "what the stages compute with them is what the plan says", "say so (--trained",
     ),
     "constant": changed(
@@ -316,6 +322,14 @@ CASES: dict[str, Case] = {
     "class": changed(
         lambda dyn: nn.Identity(), "what is verified", "a Identity", "no DynamicModel",
         "verify the one in it",
+    ),
+    "meta": changed(
+        lambda dyn: dyn.to("meta"), "stages.0", "device meta", "hold no numbers",
+        "load the network on another device",
+    ),
+    "diverged": Case(
+        lambda folder: diverged(compiled()), VerifyError, "running_var", "holds -1",
+        "variances not negative", "go back to an earlier state",
     ),
     "no graph": changed(
         no_graph, "stage 1", "is a Identity", "operators cannot be read", "put its GraphModule back"
