@@ -181,7 +181,8 @@ def _follow(pickle: bytes, machine: _Machine) -> None:
     except RefusedError:
         raise
     except Exception as error:
-        raise RefusedError(f"its pickle is damaged ({error or type(error).__name__})") from error
+        reason = str(error)[:60] or type(error).__name__  # it may quote the pickle
+        raise RefusedError(f"its pickle is damaged ({reason})") from error
 
 
 @dataclass(slots=True)

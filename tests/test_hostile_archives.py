@@ -52,6 +52,19 @@ def with_member(path: Path, name: str, content: bytes, kind: int = zipfile.ZIP_S
     path.write_bytes(archive_of([*found, (f"{folder}/{name}", content, kind)]))
 
 
+@pytest.mark.parametrize("instruction", [b"F", b"S"])
+def test_damage_is_told_without_quoting_the_pickle(
+    data: Data, tmp_path: Path, instruction: bytes
+) -> None:
+    """An instruction that takes a line of text, before much that is none."""
+    path = tmp_path / "dyn.pt"
+    torch.save(data, path)
+    with_member(path, "data.pkl", b"\x80\x02" + instruction + b"]\x90" * 1000 + b"\n.")
+    said = refusal_of(path)
+    assert "its pickle is damaged" in said
+    assert len(said) < 400
+
+
 def test_archives_that_lie(data: Data, tmp_path: Path) -> None:
     path = tmp_path / "dyn.pt"
     torch.save(data, path)
