@@ -15,7 +15,7 @@ import torch
 
 from s2d_compiler import allowance
 
-__all__ = ["ArchiveError", "check_data_only", "check_members", "open_as_torch_does"]
+__all__ = ["ArchiveError", "check_data_only", "check_members", "open_as_torch_does", "require_end"]
 
 #: The functions that make dense tensors, and how many arguments they get.
 _TENSORS = {"torch._utils._rebuild_tensor_v2": 6, "torch._utils._rebuild_tensor_v3": 7}
@@ -32,6 +32,17 @@ _NAMES = {
 
 class ArchiveError(Exception):
     """The archive is damaged, or made to do harm; the message says how."""
+
+
+def require_end(file: IO[bytes]) -> None:
+    """Tell an archive that was cut off from what is none.
+
+    Raises:
+        ArchiveError: It begins as one and does not end.
+    """
+    if file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(file):
+        raise ArchiveError("it is incomplete, its end is missing")
+    file.seek(0)
 
 
 def check_members(file: IO[bytes]) -> list[str]:

@@ -27,7 +27,7 @@ from torch import fx, nn
 
 from s2d_compiler._version import FILE_FORMAT
 from s2d_compiler.allowance import RefusedError
-from s2d_compiler.archive import ArchiveError, check_data_only, check_members
+from s2d_compiler.archive import ArchiveError, check_data_only, check_members, require_end
 from s2d_compiler.attributes import is_container, is_saved, read
 from s2d_compiler.computed import ComputedLayer
 from s2d_compiler.decoding import Allowed, decode_network
@@ -260,6 +260,7 @@ def _read(path: str | os.PathLike[str]) -> Any:
         if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
             raise FormatError(f"{name} is a device or a pipe; name a plain file.")
         with open(path, "rb") as file:
+            require_end(file)
             check_members(file)
             check_data_only(file)
         return torch.load(path, map_location="cpu", weights_only=True)

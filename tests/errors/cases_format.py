@@ -156,9 +156,9 @@ CASES = {
     "cut off": said(
         cut_off,
         "dyn.pt",
-        "torch's weights-only loader refuses it",
+        "it is incomplete, its end is missing",
         "is not a dyn.pt, or is damaged",
-        "If it is a model, compile it with s2d-compile dyn.pt",
+        "copy it again",
     ),
     "a flipped bit": said(
         flipped,
