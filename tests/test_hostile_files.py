@@ -115,7 +115,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "number as bool": (argument("BatchNorm2d", "affine", 1), "1 is not True or False"),
     "more arguments": (argument("Linear", "device", "cuda"), "has not the arguments"),
     "class": (lambda d: module_of(d, "PReLU").update({"class": "Module"}), "may hold"),
-    "class of ours": (put("modules", 0, "class", "ComputedLayer"), "has not the arguments|'layer' is missing"),
+    "class of ours": (put("modules", 0, "class", "ComputedLayer"), "has not the arguments"),
     # references
     "negative position": (put("stages", 0, "modules", "0", -1), "-1 is below 0"),
     "position beyond": (put("stages", 0, "modules", "0", 99), "99 is above"),
