@@ -50,8 +50,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 DAY = datetime.datetime.now(datetime.UTC).toordinal()
 PARTS = 8
 WHOLE = os.environ.get("S2D_ZOO") == "all"
-LARGE = ("regnet_y_128gf", "vit_h_14")
-"""They take 12 GB and more in float64; only the whole zoo tries them."""
+LARGE = ("regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32")
+"""They take 8 GB and more in float64; only the whole zoo tries them."""
 TRIED = MODELS if WHOLE else [name for name in MODELS[DAY % PARTS :: PARTS] if name not in LARGE]
 PLANS: dict[str, dict[str, Any]] = {
     concat: {
