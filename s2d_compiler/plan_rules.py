@@ -304,12 +304,12 @@ def as_json(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as JSON where it has such a form, cut to a length that fits a message."""
+    """A value as JSON where it has such a form, on one line that fits a message."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
         try:
-            text = repr(value)
+            text = " ".join(repr(value).split())
         except Exception:
             text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

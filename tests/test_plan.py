@@ -501,3 +501,10 @@ def test_a_file_is_named_in_its_errors(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as caught:
         Plan.load(path)
     assert str(caught.value).startswith(f"{path}: resolutions.32x32.split: 9 is not below groups")
+
+
+def test_values_of_several_lines_are_shown_on_one() -> None:
+    with pytest.raises(PlanError) as caught:
+        Plan.from_dict({**FULL, "stages": np.zeros((2, 2))})
+    assert "\n" not in str(caught.value)
+    assert "array([[0., 0.], [0., 0.]])" in str(caught.value)
