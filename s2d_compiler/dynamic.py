@@ -212,7 +212,7 @@ class DynamicModel(nn.Module):
             leaves, handed = stage(*arguments)
             del arguments
             features.update({(number, k): value for k, value in enumerate(handed)})
-            needed = self._read_after(number)
+            needed = self.read_after(number)
             features = {k: value for k, value in features.items() if k in needed}
             yield self.parts.structured(leaves)
 
@@ -238,7 +238,7 @@ class DynamicModel(nn.Module):
         stages = [s for s in self.stages if isinstance(s, fx.GraphModule)]
         return StagePrefix(stages, self.parts, stage)
 
-    def _read_after(self, number: int) -> set[tuple[int, int]]:
+    def read_after(self, number: int) -> set[tuple[int, int]]:
         """Features that stages after this one read."""
         return {
             (where[1], where[2])

@@ -80,7 +80,7 @@ def capture(
     notes: list[str] = []
     given = _given(model, example_inputs, example_kwargs)
     call = _default_call(model, input_shape, notes) if given is None else given.map(_rebatched)
-    with _evaluation(model):
+    with evaluation_mode(model):
         exported, batch = _export(model, call, _own_batches(given, call), notes)
         return _program(model, exported, call, batch, notes)
 
@@ -182,7 +182,7 @@ def _default_call(model: nn.Module, input_shape: Sequence[int] | None, notes: li
     if like is not None and like.dtype in _HALVES:
         # A model that casts its input takes any type; captured in its own, it would take that only.
         single = call.map(torch.Tensor.float)
-        with _evaluation(model):
+        with evaluation_mode(model):
             return call if _failure(model, single) is not None else single
     return call
 
@@ -217,7 +217,7 @@ def _rebatched(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, with every training flag put back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -20,7 +20,7 @@ from s2d_compiler.computed import Value as Named
 from s2d_compiler.provenance import Slice
 from s2d_compiler.verification.arguments import Value
 from s2d_compiler.verification.operators import Operators
-from s2d_compiler.verification.terms import Keys, Terms, mixed, scrambled
+from s2d_compiler.verification.terms import Keys, Terms, chosen, mixed, scrambled
 
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
@@ -42,7 +42,7 @@ class Held:
     Attributes:
         module: The module, for its settings alone.
         slices: Parameter or buffer name -> the slice.
-        dead: Columns of a layer's weight that are masked, by position; None for none.
+        alive: Which columns of a layer's weight are not masked; None for all.
     """
 
     module: Any
@@ -89,15 +89,12 @@ def apply_module(operators: Operators, held: Held, x: Terms) -> Terms:
 
 def _positions(keys: Keys, held: Slice, dimension: int, size: int) -> Terms:
     """Numbers of the columns that a slice holds."""
-    positions = held.index[dimension]
-    chosen = torch.arange(size) if positions is None else torch.tensor(positions, dtype=torch.int64)
-    return mixed(keys.of("column of", held.source, dimension), chosen)
+    return mixed(keys.of("column of", held.source, dimension), chosen(held, dimension, size))
 
 
 def _rows(keys: Keys, held: Slice, dimension: int, size: int) -> Terms:
-    positions = held.index[dimension]
-    chosen = torch.arange(size) if positions is None else torch.tensor(positions, dtype=torch.int64)
-    return mixed(keys.of("row of", held.source, dimension, held.index[2:]), chosen)
+    name = keys.of("row of", held.source, dimension, held.index[2:])
+    return mixed(name, chosen(held, dimension, size))
 
 
 def _bias(keys: Keys, held: Held, size: int) -> Terms:

@@ -102,12 +102,7 @@ class Network:
                 ) from error
         self.features.update({(number, k): value for k, value in enumerate(handed)})
         self.handed.update((number, k) for k in range(len(handed)))
-        later = {
-            (where[1], where[2])
-            for interface in self.dyn.parts.interfaces[number + 1 :]
-            for where in interface.inputs
-            if where[0] == "feature"
-        }
+        later = self.dyn.read_after(number)
         self.features = {k: value for k, value in self.features.items() if k in later}
         return StageRun(values, tuple(leaves), tuple(handed), nodes, terms)
 

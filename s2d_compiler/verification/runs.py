@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx, nn
+from torch import fx
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -95,18 +95,6 @@ def _runs_its_graph(stage: fx.GraphModule) -> bool:
         and any(all(getattr(code, key) == getattr(c, key) for key in _CODE) for c in functions)
         and all(forward.__globals__.get(n) is value for n, value in written.globals.items())
     )
-
-
-@contextlib.contextmanager
-def in_evaluation_mode(dyn: nn.Module) -> Iterator[None]:
-    """Put every module back into its own mode afterwards."""
-    modes = {module: module.training for module in dyn.modules()}
-    dyn.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 # -- shapes ----------------------------------------------------------------------------------------

@@ -42,6 +42,12 @@ def mixed(first: Terms | int, *others: Terms | int) -> Terms:
     return result
 
 
+def chosen(held: Slice, dimension: int, size: int) -> torch.Tensor:
+    """Positions that a slice takes along a dimension, of which the slice has ``size``."""
+    positions = held.index[dimension]
+    return torch.arange(size) if positions is None else torch.tensor(positions, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Keys:
     """The secret of one verification, and the numbers that it gives to names.
@@ -80,14 +86,9 @@ class Keys:
     def elements(self, held: Slice, shape: Sequence[int]) -> Terms:
         """Terms of the elements of a slice of a named tensor."""
         result = torch.full((1,) * len(shape), self.of("element of", held.source))
-        for d, (size, positions) in enumerate(zip(shape, held.index, strict=True)):
-            chosen = (
-                torch.arange(size)
-                if positions is None
-                else torch.tensor(positions, dtype=torch.int64)
-            )
+        for d, (size, _) in enumerate(zip(shape, held.index, strict=True)):
             form = [-1 if e == d else 1 for e in range(len(shape))]
-            result = mixed(result, chosen.reshape(form))
+            result = mixed(result, chosen(held, d, size).reshape(form))
         return result
 
     def positions(self, kind: str, count: int) -> Terms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from s2d_compiler.program import Program
 from s2d_compiler.provenance import Slice
 from s2d_compiler.structure import encode_structure
 from s2d_compiler.submodules import part_of
-from s2d_compiler.tracing import capture
+from s2d_compiler.tracing import capture, evaluation_mode
 from s2d_compiler.verification.arguments import Value
 from s2d_compiler.verification.network import Network, StageRun, place
 from s2d_compiler.verification.operators import Operators
@@ -29,7 +30,6 @@ from s2d_compiler.verification.runs import (
     compare_costs,
     compare_shapes,
     cost_of_original,
-    in_evaluation_mode,
     require_nothing_hidden,
 )
 from s2d_compiler.verification.specification import Environment, Specification, terms_of
@@ -123,7 +123,7 @@ def verify_captured(
             "what the stages compute with them is what the plan says. If the network was trained "
             "since, say so (--trained, trained=True)."
         )
-    with in_evaluation_mode(dyn):
+    with evaluation_mode(dyn):
         compare_shapes(dyn, program)
         compare_costs(dyn, program, expectations[0].original)
     return Verification(len(dyn.stages), nodes, terms, weights)
@@ -214,11 +214,15 @@ class Expectation:
             Value(self.operators.keys.elements(_of_input(k, len(shape) + 1), (batch, *shape)))
             for k, shape in enumerate(program.input_shapes)
         ]
-        self.original = cost_of_original(program)
         self.exits: list[list[Any]] = []
         for found in self._environments(keep=False):
             leaves = program.output_leaves
             self.exits.append([found[v] if isinstance(v, fx.Node) else v for v in leaves])
+
+    @functools.cached_property
+    def original(self) -> int:
+        """MACs of the model for one sample."""
+        return cost_of_original(self.assignment.program)
 
     @classmethod
     def all_of(cls, program: Program, plan: Plan) -> list[Expectation]:
