@@ -174,3 +174,9 @@ class UsageError(S2DError):
     What to do:
         ``s2d COMMAND --help`` lists what a command takes.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without what follows and without a full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -32,7 +32,7 @@ from s2d_compiler.attributes import is_container, is_saved, read
 from s2d_compiler.computed import ComputedLayer
 from s2d_compiler.decoding import Allowed, decode_network
 from s2d_compiler.dynamic import DynamicModel
-from s2d_compiler.errors import FormatError, S2DError
+from s2d_compiler.errors import FormatError, S2DError, first_line
 from s2d_compiler.fields import require_plain, shown
 from s2d_compiler.graph_codec import encode_graph
 from s2d_compiler.memory import explained
@@ -325,8 +325,8 @@ def from_data(
         raise FormatError(f"{name}: {error}") from error
     except Exception as error:  # every rule has a sentence of its own; this is for those missing
         raise FormatError(
-            f"{name}: what it holds is no network ({type(error).__name__}: {_sentence(error)}); "
-            "the file is damaged, compile the model again."
+            f"{name}: what it holds is no network ({type(error).__name__}: "
+            f"{first_line(error)[:200]}); the file is damaged, compile the model again."
         ) from error
 
 
@@ -339,12 +339,7 @@ def _device(map_location: str | torch.device | None) -> torch.device | None:
         torch.empty(0).to(device)
     except Exception as error:
         raise FormatError(
-            f"map_location: {map_location!r} is no device of this machine ({_sentence(error)}); "
-            'leave it at "cpu".'
+            f"map_location: {map_location!r} is no device of this machine "
+            f'({first_line(error)[:200]}); leave it at "cpu".'
         ) from error
     return device
-
-
-def _sentence(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")[:200]

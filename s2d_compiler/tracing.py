@@ -21,7 +21,7 @@ from torch.export.graph_signature import InputKind
 
 from s2d_compiler.attributes import find, put, read
 from s2d_compiler.canonicalize import canonicalize, products_to_layers
-from s2d_compiler.errors import CaptureError, InputShapeError
+from s2d_compiler.errors import CaptureError, InputShapeError, first_line
 from s2d_compiler.functionalize import functionalize, pieces_to_slices
 from s2d_compiler.interrupts import heed
 from s2d_compiler.memory import explained, let_through
@@ -246,7 +246,7 @@ def _export(
     except Exception as second:
         let_through(second)
         raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__}: {_first_line(second)}"
+            f"torch.export cannot capture {type(model).__name__}: {first_line(second)}"
             f"{_where(second)}. Values of tensors must not decide what runs; remove that from "
             "the model's forward, or transform the part without it."
         ) from second
@@ -354,7 +354,7 @@ def _require_runs(model: nn.Module, call: Call) -> None:
         shapes = ", ".join("x".join(map(str, v.shape[1:])) for v in call.tensors)
         raise InputShapeError(
             f"{type(model).__name__} does not run on an input of shape {shapes}{_where(error)}: "
-            f"{_first_line(error)}. If it was made for another shape, give that (example_inputs, "
+            f"{first_line(error)}. If it was made for another shape, give that (example_inputs, "
             '"input_shape" in the plan, --input-shape); if only a part of it is to be compiled, '
             "name that (--submodule)."
         ) from error
@@ -386,11 +386,6 @@ def _require_rank(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             f"convolution takes {len(expected)} (channels first, without the batch), such as "
             f"{'x'.join(map(str, expected))}; give that many."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def _where(error: BaseException) -> str:

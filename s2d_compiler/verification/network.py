@@ -12,14 +12,14 @@ from torch import fx, nn
 from s2d_compiler.attributes import find
 from s2d_compiler.computed import ComputedLayer
 from s2d_compiler.dynamic import DynamicModel
-from s2d_compiler.errors import VerifyError
+from s2d_compiler.errors import VerifyError, first_line
 from s2d_compiler.program import Program
 from s2d_compiler.provenance import Slice
 from s2d_compiler.verification.arguments import Value
 from s2d_compiler.verification.layers import Held, UnknownModuleError, apply_module
 from s2d_compiler.verification.operators import Operators
 from s2d_compiler.verification.specification import released, terms_of
-from s2d_compiler.verification.words import DAMAGED, first_line
+from s2d_compiler.verification.words import DAMAGED
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from s2d_compiler.dynamic import DynamicModel
-from s2d_compiler.errors import VerifyError
+from s2d_compiler.errors import VerifyError, first_line
 from s2d_compiler.program import SAMPLE_BATCH, Program
-from s2d_compiler.verification.words import DAMAGED, first_line
+from s2d_compiler.verification.words import DAMAGED
 
 #: Larger than any batch that a graph could have been cut to by mistake, and like no other size.
 _MANY = 10_007

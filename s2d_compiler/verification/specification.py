@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.analysis.labels import VERSIONED
 from s2d_compiler.computed import ComputedLayer
-from s2d_compiler.errors import VerifyError
+from s2d_compiler.errors import VerifyError, first_line
 from s2d_compiler.program import is_scalar, place
 from s2d_compiler.provenance import Slice, normalised
 from s2d_compiler.rules.layers import GROUPS_TO_CUT_BETWEEN, is_layer
@@ -29,7 +29,6 @@ from s2d_compiler.verification.arguments import Value
 from s2d_compiler.verification.layers import Held, UnknownModuleError, apply_module, layer_shape
 from s2d_compiler.verification.operators import Operators
 from s2d_compiler.verification.terms import Terms
-from s2d_compiler.verification.words import first_line
 
 Environment = dict[fx.Node, Any]
 

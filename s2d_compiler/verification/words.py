@@ -4,8 +4,3 @@ from __future__ import annotations
 
 #: What is wrong with a file in which something cannot be, and what to do.
 DAMAGED = "the file is damaged, or was not made from this model; compile the model again."
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, without what follows."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
