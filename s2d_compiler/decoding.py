@@ -70,6 +70,8 @@ def decode_network(
         _check_interface(stage, parts, number)
     dyn = DynamicModel(stages, parts)
     dyn.training = any(m.training for m in modules)
+    for container in (dyn.stages, *stages):
+        container.training = dyn.training
     if row.number("version", 1) >= 2:
         dyn.settings = RunSettings.from_dict(row.inner("settings"))
     _check_provenance(dyn)

@@ -43,6 +43,26 @@ class Decider:
         if isinstance(policy, MacsBudget):
             _require_first_stage(policy, macs[0], samples)
 
+    def one_stays(self, stage: int, value: float) -> bool:
+        """``staying`` for a batch of which one sample is left, without looking at the device."""
+        if self.thresholds is not None:
+            bound = self.thresholds.values[stage]
+            if value >= bound if self.thresholds.larger_is_certain else value <= bound:
+                return False
+        if isinstance(self.policy, Deadline):
+            assert self.timings is not None
+            batch = self.samples if self.is_whole else 1
+            elapsed = (time.perf_counter() - self.began) * 1000
+            return elapsed + self.timings.p95(stage + 1, batch) <= self.policy.milliseconds
+        if isinstance(self.policy, MacsBudget):
+            if self.policy.per == "sample":
+                return sum(self.macs[: stage + 2]) <= self.policy.macs
+            price = self.macs[stage + 1] * (self.samples if self.is_whole else 1)
+            if price > self.policy.macs - self.spent:
+                return False
+            self.spent += price
+        return True
+
     def staying(self, stage: int, values: Tensor | None) -> Tensor | None:
         """Which samples go on to the next stage.
 

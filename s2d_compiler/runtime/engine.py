@@ -125,15 +125,14 @@ class Engine:
             leaves = batch.run(number)
             left = samples if rows is None else len(rows)
             values = self._values(measured, number, self.parts.structured(tuple(leaves)), left)
-            stay = _NOBODY if number == last else decider.staying(number, values)
             if left == 1:  # no copies, and one look at the device
                 value = float(values)
                 undefined += value != value
-                goes_on = stay is None or (stay is not _NOBODY and bool(stay))
-                if goes_on:
+                if number < last and decider.one_stays(number, value):
                     continue
-                stay = _NOBODY
+                stay: Tensor | None = _NOBODY
             else:
+                stay = _NOBODY if number == last else decider.staying(number, values)
                 undefined += int(values.isnan().sum())
             if stay is None:
                 continue
@@ -176,7 +175,7 @@ class Engine:
     def _network(self) -> StagedNetwork:
         network = self.network()
         assert network is not None
-        if network.training or any(stage.training for stage in network.stages):
+        if network.training:
             raise UsageError(
                 "predict: the network is in training mode, in which samples depend on each other "
                 "(batch norm) and on chance (dropout); call dyn.eval() first."
