@@ -123,6 +123,18 @@ class VerifyError(S2DError):
     """
 
 
+class PolicyError(S2DError):
+    """A policy does not fit the network, or is none: thresholds, budgets, deadlines.
+
+    Example:
+        thresholds: 1 for a network of 3 stages; give one per stage but the last (2).
+
+    What to do:
+        Give what the message asks for. ``s2d calibrate`` finds thresholds, ``s2d bench --record``
+        the times that a deadline needs.
+    """
+
+
 class FormatError(S2DError):
     """A ``dyn.pt`` file is damaged, of a newer format, or is no such file.
 
@@ -130,7 +142,7 @@ class FormatError(S2DError):
     damaged file is refused with the place in it.
 
     Example:
-        dyn.pt: its format has version 2, and this package reads versions up to 1; upgrade
+        dyn.pt: its format has version 3, and this package reads versions up to 2; upgrade
         s2d-compiler.
 
     What to do:
