@@ -155,7 +155,7 @@ class DataError(S2DError):
     """Labelled images cannot be read, or do not fit the network.
 
     Example:
-        cats.npz: it holds x, y, and images is missing; store it under that name
+        a.npz: it holds x, y, and images is missing; store it under that name
 
     What to do:
         Put the data where the message says; none are downloaded. ``docs/data.md`` lists the forms
