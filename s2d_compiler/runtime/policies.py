@@ -259,7 +259,7 @@ def policy_from_dict(data: Fields) -> Policy:
 
 def _thresholds(data: Fields) -> Thresholds:
     if data.text("kind") != "thresholds":
-        damaged(data.at("kind"), "thresholds belong here")
+        damaged(data.at("kind"), f"{shown(data.text('kind'))} stands where thresholds belong")
     measure, temperatures = data.text("measure"), data.value("temperatures")
     never = -math.inf if measure == "entropy" else math.inf
     values = [never if value is None else value for value in data.items("values")]
