@@ -19,6 +19,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,8 @@ def overhead(runs: int = 300) -> None:
         count = runs if name == "resnet20" else max(runs // 6, 20)
         for exits in (1, 3):
             policy = Thresholds((0.0, 0.0)) if exits == 1 else NEVER
-            pairs = []
-            for _ in range(count):
-                pairs.append(
-                    (
-                        _time(lambda e=exits: by_hand(dyn, x, e)),  # type: ignore[misc]
-                        _time(lambda p=policy: dyn.predict(x, p)),  # type: ignore[misc]
-                    )
-                )
+            both = (partial(by_hand, dyn, x, exits), partial(dyn.predict, x, policy))
+            pairs = [[_time(function) for function in both] for _ in range(count)]
             hand, predicted = numpy.median(numpy.array(pairs) * 1000, axis=0)
             table.add_row(
                 name, str(exits), f"{hand:.3f}", f"{predicted:.3f}", f"{predicted / hand:.3f}"

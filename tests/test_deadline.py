@@ -59,6 +59,12 @@ def test_stages_start_while_they_fit() -> None:
     assert answers(dyn, timed(25, 25, 5000), Deadline(1000)) == [1] * 3
 
 
+def test_a_busy_machine_stretches_what_was_recorded() -> None:
+    dyn = slowed(40, 20, 20)
+    assert answers(dyn, timed(10, 10, 10), Deadline(70)) == [0] * 3, "four times slower: 40 + 40"
+    assert answers(dyn, timed(45, 10, 10), Deadline(70)) == [1] * 3, "as recorded: 40 + 10"
+
+
 def test_one_sample_and_many_are_treated_alike() -> None:
     dyn = slowed(20, 20, 20)
     for count in (1, 4):

@@ -134,7 +134,9 @@ class Deadline:
     """A time by which to answer, counted from the call of ``predict``.
 
     Stage 1 always runs. No later stage starts unless its recorded p95 for as many samples fits
-    into the time left (``settings.timings``; ``s2d bench --record`` writes them).
+    into the time left (``settings.timings``; ``s2d bench --record`` writes them). When the stages
+    so far took longer than their recorded p95, the machine is busy, and the next one's is
+    stretched by as much.
 
     Source: DDI, section 3.2 (resource-dependent inference).
 
