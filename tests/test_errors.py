@@ -17,6 +17,7 @@ from tests.errors import (
     cases_capture,
     cases_commands,
     cases_data,
+    cases_evaluation,
     cases_format,
     cases_graphs,
     cases_passes,
@@ -48,6 +49,7 @@ TABLES = (
     cases_runtime,
     cases_commands,
     cases_data,
+    cases_evaluation,
     cases_verify,
 )
 CASES: dict[str, Case] = {

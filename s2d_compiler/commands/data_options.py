@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from s2d_compiler.data.preprocessing import Preprocessing
-from s2d_compiler.errors import UsageError
+from s2d_compiler.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from s2d_compiler.data import Data
 
-__all__ = ["DATA", "DataSource", "Samples"]
+__all__ = ["DATA", "DataSource", "Samples", "read_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +159,25 @@ class DataSource:
 
 
 DATA = DataSource()
+
+
+def read_device(text: str) -> torch.device:
+    """Where to run.
+
+    Raises:
+        UsageError: There is no such device here.
+    """
+    import torch
+
+    try:
+        device = torch.device(text)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"--device: {text!r} cannot be used here ({first_line(error)[:160]}); write cpu, or "
+            "cuda where torch sees a GPU"
+        ) from error
+    return device
 
 
 def _dtype_of(dyn: Any, preprocessing: Preprocessing) -> str:
