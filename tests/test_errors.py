@@ -24,6 +24,7 @@ from tests.errors import (
     cases_pickles,
     cases_plan,
     cases_reading,
+    cases_runtime,
     cases_verify,
 )
 from tests.errors.case import Case
@@ -45,6 +46,7 @@ TABLES = (
     cases_graphs,
     cases_pickles,
     cases_reading,
+    cases_runtime,
     cases_commands,
     cases_data,
     cases_evaluation,
@@ -118,7 +120,7 @@ def six():
 # what Python's own protocols ask for.
 INTERNAL = {
     "AssertionError", "KeyboardInterrupt", "NoRule", "NotImplementedError", "NotSliceable",
-    "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError",
+    "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError", "_DependentError",
 }  # fmt: skip
 
 
