@@ -139,6 +139,7 @@ class Monitor:
         self.quiet_seconds = quiet_seconds
         self._lock = threading.Lock()
         self._constant = _log_mixture(self._calibrated)
+        self._warned_at = -math.inf
         self._start()
 
     def _start(self) -> None:
@@ -149,7 +150,6 @@ class Monitor:
         self._least = 0.0  # logarithm of the p-value
         self._left_at: int | None = None
         self._left_rates: tuple[float, ...] | None = None
-        self._warned_at = -math.inf
 
     def reset(self) -> None:
         """Forget all samples, such as after the network was calibrated again.
