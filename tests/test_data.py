@@ -236,6 +236,16 @@ def test_a_function_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (labels.tolist(), pictures.classes) == ([0, 1, 0], ("a", "b"))
 
 
+def test_the_example_of_a_function() -> None:
+    pytest.importorskip("sklearn")
+    data = open_data("examples.digits:dataset")
+    assert (len(data), data.labels.unique().tolist()) == (450, list(range(10)))
+    inputs, _ = next(batches(data, PLAIN, 3))
+    assert inputs.shape == (3, 1, 8, 8)
+    assert 0.9 < float(inputs.max()) <= 1
+    assert len(open_data("examples.digits:dataset", "train[:100]")) == 100
+
+
 def test_batches_are_those_of_one_image_at_a_time(tmp_path: Path) -> None:
     data = open_data(write_folder(tmp_path / "data", size=(20, 14)))
     how = Preprocessing(resize=12, crop=(10, 8), **IMAGENET)

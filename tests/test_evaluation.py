@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -281,6 +282,22 @@ def test_the_command_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr()
     assert "no policy is stored or given" in said.out
     assert "pixels are only scaled" in said.err
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("option", [None, "--quiet", "--json"])
+def test_long_work_shows_progress_on_a_terminal(
+    folder: Path, option: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", _Terminal())
+    words = ["eval", "dyn.pt", "--data", "a.npz", "--batch-size", "4"]
+    assert cli.main([*words, *([option] if option else [])]) == 0
+    assert isinstance(sys.stderr, _Terminal)
+    assert ("evaluating dyn.pt" in sys.stderr.getvalue()) == (option is None)
 
 
 def test_beside_the_original(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,10 +150,13 @@ class DataSource:
         preprocessing = replace(preprocessing, dtype=_dtype_of(dyn, preprocessing))
         shape = require_fit(data, preprocessing, dyn.parts.input_shapes)
         size: int = dyn.parts.batch or self.batch_size
-        if len(data) % size and dyn.parts.batch:
+        if dyn.parts.batch and len(data) % size:
+            remedy = f"give --limit {len(data) // size * size}"
+            if len(data) < size:
+                remedy = f"give at least {size} images"
             raise UsageError(
-                f"--data: {len(data)} images, and the network takes batches of {size} only; give "
-                f"--limit {max(1, len(data) // size) * size}, or compile it with a free batch size"
+                f"--data: {len(data)} images, and the network takes batches of {size} only; "
+                f"{remedy}, or compile it with a free batch size"
             )
         return Samples(data, preprocessing, size, shape)
 

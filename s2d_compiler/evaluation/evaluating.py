@@ -253,11 +253,16 @@ def _values(outputs: list[Tensor], policy: Policy | None) -> Tensor:
 
 
 def _require_agreement(found: Any, outputs: list[Tensor], stage: Tensor) -> None:
-    """Require that each sample has the output of the exit where it left."""
+    """Require that each sample has the output of the exit where it left.
+
+    Kernels for other batch sizes round differently, on GPUs by as much as half precision does
+    (TF32).
+    """
     stacked = torch.stack(outputs)
     expected = stacked[stage, torch.arange(len(stage), device=stage.device)]
     size = float(expected.abs().nan_to_num(0, 0, 0).amax()) if len(stage) else 0.0
-    tolerance = size * (1e-2 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-4)
+    is_coarse = expected.dtype in (torch.float16, torch.bfloat16) or expected.device.type != "cpu"
+    tolerance = size * (1e-2 if is_coarse else 1e-4)
     same = torch.isclose(found, expected, rtol=0, atol=tolerance, equal_nan=True).all(1)
     if bool(same.all()):
         return

@@ -155,7 +155,7 @@ CASES: dict[str, Any] = {
         network=network(),
     ),
     "fixed batch": option(
-        "--data", "2 images", "the network takes batches of 3 only", "give --limit 3",
+        "--data", "2 images", "the network takes batches of 3 only", "give at least 3 images",
         data="a.npz", network=network(batch=3),
     ),
     "size": option(
