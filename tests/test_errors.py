@@ -16,6 +16,7 @@ import pytest
 from tests.errors import (
     cases_capture,
     cases_commands,
+    cases_data,
     cases_format,
     cases_graphs,
     cases_passes,
@@ -44,6 +45,7 @@ TABLES = (
     cases_pickles,
     cases_reading,
     cases_commands,
+    cases_data,
     cases_verify,
 )
 CASES: dict[str, Case] = {
