@@ -17,6 +17,8 @@ from s2d_compiler.calibration.instances import Floats
 NUISANCE = 0.1
 #: What part of its largest value a bet may have.
 _BOLDEST = 0.9
+#: For how many samples an expected mean and variance stand.
+_PRIOR = 20
 
 
 def drop_p_value(worse: int, better: int, samples: int, limit: float, error: float) -> float:
@@ -65,10 +67,13 @@ def accuracy_p_value(right: int, samples: int, accuracy: float) -> float:
     return binomial_tail(samples - right, samples, 1 - accuracy)
 
 
-def mean_p_value(values: Floats, limit: float, error: float) -> float:
+def mean_p_value(
+    values: Floats, limit: float, error: float, expected: tuple[float, float] = (0.5, 0.25)
+) -> float:
     """Against "the mean is ``limit`` or more", of values from 0 to 1 in random order.
 
-    The capital of a bet against it, whose stake follows the variance seen so far. Source:
+    The capital of a bet against it, whose stake follows the variance seen so far, and before that
+    the one that is expected. Source:
     Waudby-Smith and Ramdas (2024), "Estimating means of bounded random variables by betting",
     section 4 (predictable plug-in), with Ville's inequality: one over the largest capital.
 
@@ -76,13 +81,17 @@ def mean_p_value(values: Floats, limit: float, error: float) -> float:
         values: (n,) numbers from 0 to 1.
         limit: The mean that is to be excluded.
         error: The error for which it is to be most powerful.
+        expected: Mean and variance, known from other samples.
     """
-    if limit >= 1 or not len(values):
-        return 0.0 if limit > 1 else 1.0
+    if limit >= 1:  # no mean is above it
+        return 0.0
+    if not len(values):
+        return 1.0
     counts = np.arange(1, len(values) + 1)
-    means = (0.5 + np.cumsum(values)) / (counts + 1)
-    spread = (0.25 + np.cumsum((values - means) ** 2)) / (counts + 1)
-    before = np.concatenate([[0.25], spread[:-1]])
+    mean, variance = expected[0], max(expected[1], 1 / (4 * len(values)))
+    means = (_PRIOR * mean + np.cumsum(values)) / (counts + _PRIOR)
+    spread = (_PRIOR * variance + np.cumsum((values - means) ** 2)) / (counts + _PRIOR)
+    before = np.concatenate([[variance], spread[:-1]])
     stakes = np.sqrt(2 * math.log(1 / error) / (len(values) * before))
     stakes = np.minimum(stakes, _BOLDEST / (1 - limit))
     capital = np.cumsum(np.log1p(stakes * (limit - values)))

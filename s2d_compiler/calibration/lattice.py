@@ -125,7 +125,10 @@ def _gains(
 
 def _histogram(keys: Integers, shape: tuple[int, ...], weights: Floats) -> Floats:
     size = int(np.prod(shape))
-    return np.bincount(keys, weights=weights, minlength=size).reshape(shape)
+    found: Floats = np.bincount(keys, weights=weights, minlength=size).astype(
+        np.float64, copy=False
+    )
+    return found.reshape(shape)
 
 
 def _leaving(found: Floats, axis: int) -> Floats:

@@ -40,6 +40,10 @@ from s2d_compiler.errors import CalibrationError
 CHOOSING = 0.35
 #: Thresholds on the path.
 _STEPS = 24
+#: Quarters of those who could leave without loss that the steps before them let leave.
+_CAUTIOUS = (1, 2, 3, 4)
+#: How many standard deviations the first one keeps away from the target.
+_FARTHEST = 5
 
 DROP_BOUND = (
     "exact tail of the sum of wins and losses, maximised over the share that differs "
@@ -135,7 +139,9 @@ def promise(
     error = 1 - confidence
     p_value, bound = _test(chosen, tested, costs, target, error)
     passed: Promise | None = None
-    for number, solution in enumerate(_path(chosen, tested, costs, target, lowest), start=1):
+    for number, solution in enumerate(
+        _path(chosen, len(tested[0]), costs, target, lowest), start=1
+    ):
         found = p_value(solution)
         if found > error:
             return None if passed is None else replace(passed, tested=number)
@@ -144,52 +150,65 @@ def promise(
 
 
 def _path(
-    chosen: Part, tested: Part, costs: tuple[float, ...], target: MaxDrop | MeanBudget,
-    lowest: float,
-) -> Iterator[Solution]:  # fmt: skip
-    """Thresholds from cautious to bold, each once."""
+    chosen: Part, tests: int, costs: tuple[float, ...], target: MaxDrop | MeanBudget, lowest: float
+) -> Iterator[Solution]:
+    """Thresholds from cautious to bold, each once: best for targets up to the one asked for.
+
+    The first is so far below it, in standard deviations of what is tested, that it should pass.
+    """
     solver = Solver(*chosen, costs, lowest)
-    samples, tests = len(chosen[0]), len(tested[0])
+    near = solver.solve(target)
+    deviation = _deviation(chosen, costs, target, near) / math.sqrt(tests)
+    if isinstance(target, MaxDrop) and target.against is None:
+        yield from _cautious(chosen, costs, target, lowest)
     seen: set[tuple[int, ...]] = set()
-    near: Solution | None = None
-    for step in range(1, _STEPS + 1):
-        weaker: MaxDrop | MeanBudget
-        if isinstance(target, MaxDrop):
-            weaker = _weaker_drop(target, chosen, tests, step / _STEPS)
-        else:
-            weaker = _weaker_budget(target, costs, tests, step / _STEPS)
-        near = solver.solve(weaker, near)
-        if near is None or near.cuts in seen:
-            continue
-        seen.add(near.cuts)
-        yield near
-    assert samples
+    for step in range(_STEPS):
+        weaker = _weaker(target, chosen, costs, deviation * _FARTHEST * (1 - step / (_STEPS - 1)))
+        found = solver.solve(weaker, near)
+        if found is not None and found.cuts not in seen:
+            near = found
+            seen.add(found.cuts)
+            yield found
 
 
-def _weaker_drop(target: MaxDrop, chosen: Part, tests: int, step: float) -> MaxDrop:
-    """A drop up to the target's, from well below what chance adds to it."""
-    right = chosen[1]
-    if target.against is None:
-        reference = float(right[:, -1].mean())
-        differing = float((right[:, 0] != right[:, -1]).mean())
-    else:
-        reference = target.against
-        differing = reference * (1 - reference)
-    room = 4 * math.sqrt(max(differing, target.drop) / tests) + 1e-12
-    least = reference - (reference - target.drop + room)  # drop at the start of the path
-    drop = least + (target.drop - least) * step
-    accuracy = min(max(reference - drop, 0.0), 1.0)
-    return MaxDrop(0.0, against=accuracy)
+def _cautious(
+    chosen: Part, costs: tuple[float, ...], target: MaxDrop, lowest: float
+) -> Iterator[Solution]:
+    """The first steps for a drop: no sample loses, whatever others win, and fewer leave."""
+    certainty, right = chosen
+    solver = Solver(certainty, right | ~right[:, -1:], costs, lowest)
+    found = solver.solve(MaxDrop(0.0))
+    if found is None:
+        return
+    for parts in _CAUTIOUS:
+        cuts = tuple(cut * parts // 4 for cut in found.cuts)
+        if any(cuts):
+            yield solver.at(cuts)
 
 
-def _weaker_budget(
-    target: MeanBudget, costs: tuple[float, ...], tests: int, step: float
-) -> MeanBudget:
-    """A budget up to the target's, from well below what chance takes from it."""
-    budget = target.value(costs)
-    room = 3 * (costs[-1] - costs[0]) / math.sqrt(tests)
-    start = max(costs[0], budget - room)
-    return MeanBudget(macs=start + (budget - start) * step)
+def _deviation(
+    chosen: Part, costs: tuple[float, ...], target: MaxDrop | MeanBudget, near: Solution | None
+) -> float:
+    """Standard deviation, per sample, of what the target is about."""
+    certainty, right = chosen
+    if near is None:
+        return 0.5 if isinstance(target, MaxDrop) else (costs[-1] - costs[0]) / 2
+    exits = exits_of(certainty, near.thresholds)
+    answers = right[np.arange(len(right)), exits].astype(float)
+    if isinstance(target, MeanBudget):
+        return max(float(np.asarray(costs)[exits].std()), 0.05 * (costs[-1] - costs[0]))
+    compared = right[:, -1] - answers if target.against is None else answers
+    return max(float(compared.std()), math.sqrt(target.drop))
+
+
+def _weaker(
+    target: MaxDrop | MeanBudget, chosen: Part, costs: tuple[float, ...], distance: float
+) -> MaxDrop | MeanBudget:
+    """The target at some distance on the safe side, on the samples that choose."""
+    if isinstance(target, MeanBudget):
+        return MeanBudget(macs=max(target.value(costs) - distance, costs[0]))
+    reference = float(chosen[1][:, -1].mean()) if target.against is None else target.against
+    return MaxDrop(0.0, against=min(max(reference - target.drop + distance, 0.0), 1.0))
 
 
 def _test(
@@ -211,7 +230,13 @@ def _test(
         low, high = costs[0], costs[-1]
         spent = np.asarray([(c - low) / (high - low) if high > low else 0.0 for c in costs])
         limit = (target.value(costs) - low) / (high - low) if high > low else 2.0
-        return lambda s: mean_p_value(spent[answers(s)[1]], limit, error), MEAN_BOUND
+
+        def mean(solution: Solution) -> float:
+            before = spent[exits_of(chosen[0], solution.thresholds)]
+            expected = float(before.mean()), float(before.var())
+            return mean_p_value(spent[answers(solution)[1]], limit, error, expected)
+
+        return mean, MEAN_BOUND
     if target.against is not None:
         least = target.against - target.drop
         return (

@@ -147,9 +147,7 @@ def _refined(spans: tuple[Integers, ...]) -> list[Axis] | None:
         total = int(widths.sum())
         if len(span) > max(share // 2 if total else share, 1):
             return None
-        pieces = np.minimum(
-            widths, np.maximum(1, (share - len(span)) * widths // max(total, 1))
-        )
+        pieces = np.minimum(widths, np.maximum(1, (share - len(span)) * widths // max(total, 1)))
         axes[stage] = _subdivided(span, pieces)
         left /= len(axes[stage])
     return [axes[t] for t in range(dims)]
@@ -180,9 +178,7 @@ def _boxes(
     """Boxes that hold the cells that are left, and what each can hold at most."""
     cells = np.argwhere(keep)
     values = limits[keep]
-    ends = [
-        np.where(axis.single, axis.points, np.append(axis.points[1:], 0) - 1) for axis in axes
-    ]
+    ends = [np.where(axis.single, axis.points, np.append(axis.points[1:], 0) - 1) for axis in axes]
     stack = [np.arange(len(cells))]
     while stack:
         rows = stack.pop()
@@ -255,4 +251,4 @@ def _improved(
                 best[stage] = cut
             value = found.score
             since = 0
-    return Found(tuple(best), value, np.inf, 0)
+    return Found(None if value == -np.inf else tuple(best), value, np.inf, 0)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from s2d_compiler.calibration.instances import Floats, Instance, Integers
-from s2d_compiler.calibration.search import Found, best_cuts, improved_cuts
+from s2d_compiler.calibration.search import best_cuts, improved_cuts
 from s2d_compiler.calibration.targets import Target
 
 #: Relative gap to the optimum at which the search ends.
@@ -98,19 +98,21 @@ class Solver:
         else:
             effort = _EFFORT_MANY if many else _EFFORT
             found = best_cuts(self.instance, score, effort=effort, tolerance=TOLERANCE)
-        return self._solution(found, samples)
-
-    def _solution(self, found: Found, samples: int) -> Solution | None:
         if found.cuts is None:
             return None
-        right, cost = self.instance.totals(found.cuts)
-        exits = self.instance.exits(found.cuts)
+        gap = (found.bound - found.score) / abs(found.score) if found.score else 0.0
+        return replace(self.at(found.cuts), score=found.score, gap=gap)
+
+    def at(self, cuts: Sequence[int]) -> Solution:
+        """What some cuts give, whatever the target."""
+        right, cost = self.instance.totals(cuts)
+        exits = self.instance.exits(cuts)
         thresholds = tuple(
             _threshold(self.certainty[:, stage], exits, stage, self.lowest)
-            for stage in range(len(found.cuts))
+            for stage in range(len(cuts))
         )
-        gap = (found.bound - found.score) / abs(found.score) if found.score else 0.0
-        return Solution(found.cuts, thresholds, right, cost / samples, found.score, gap)
+        samples = self.instance.samples
+        return Solution(tuple(cuts), thresholds, right, cost / samples, math.nan, math.inf)
 
 
 def _threshold(values: Floats, exits: Integers, stage: int, lowest: float) -> float:
