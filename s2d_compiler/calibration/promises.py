@@ -159,12 +159,15 @@ def _path(
     solver = Solver(*chosen, costs, lowest)
     near = solver.solve(target)
     deviation = _deviation(chosen, costs, target, near) / math.sqrt(tests)
-    if isinstance(target, MaxDrop) and target.against is None:
+    distances = [deviation * _FARTHEST * (1 - step / (_STEPS - 1)) for step in range(_STEPS)]
+    if isinstance(target, MeanBudget):
+        room = target.value(costs) - costs[0]
+        distances = [room, *(room / 2,) * (room / 2 > distances[0]), *distances]
+    elif target.against is None:
         yield from _cautious(chosen, costs, target, lowest)
     seen: set[tuple[int, ...]] = set()
-    for step in range(_STEPS):
-        weaker = _weaker(target, chosen, costs, deviation * _FARTHEST * (1 - step / (_STEPS - 1)))
-        found = solver.solve(weaker, near)
+    for distance in distances:
+        found = solver.solve(_weaker(target, chosen, costs, distance), near)
         if found is not None and found.cuts not in seen:
             near = found
             seen.add(found.cuts)
