@@ -119,8 +119,9 @@ def six():
 # Raised for the package itself and never shown as they are: how rules decline, control flow,
 # what Python's own protocols ask for.
 INTERNAL = {
-    "AssertionError", "KeyboardInterrupt", "NoRule", "NotImplementedError", "NotSliceable",
-    "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError", "_DependentError",
+    "AssertionError", "KeyboardInterrupt", "NoPlaceError", "NoRule", "NotImplementedError",
+    "NotSliceable", "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError",
+    "_DependentError",
 }  # fmt: skip
 
 
