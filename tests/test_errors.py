@@ -18,6 +18,7 @@ from tests.errors import (
     cases_commands,
     cases_format,
     cases_graphs,
+    cases_optimized,
     cases_passes,
     cases_pickles,
     cases_plan,
@@ -45,6 +46,7 @@ TABLES = (
     cases_reading,
     cases_commands,
     cases_verify,
+    cases_optimized,
 )
 CASES: dict[str, Case] = {
     f"{table.__name__.rpartition('_')[2]}: {name}": case
