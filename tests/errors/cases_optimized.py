@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,7 +25,7 @@ def without_graphs(dyn: DynamicModel) -> object:
 
 
 def without_operators(dyn: DynamicModel) -> object:
-    with mock.patch("passes.fuse_onednn.is_available", lambda: False):
+    with mock.patch("passes.fuse_onednn.is_available", return_value=False):
         return dyn.optimized(backend="onednn")
 
 
