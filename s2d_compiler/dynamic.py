@@ -13,8 +13,9 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from s2d_compiler.analysis.cost import Cost
+from s2d_compiler.depth_report import DepthReport
 from s2d_compiler.errors import InputShapeError, UsageError
-from s2d_compiler.plan import Plan
+from s2d_compiler.plans import AnyPlan
 from s2d_compiler.provenance import Slice
 from s2d_compiler.report import Report
 from s2d_compiler.runtime.measures import Function
@@ -53,7 +54,7 @@ class DynamicParts:
         report: What was cut and why.
         provenance: State-dict key -> slice of the original.
         interfaces: Per stage, what it takes and hands on.
-        owners: Stage of every atom of the original, from 1.
+        owners: Stage of every atom of the original, from 1; none with exits along depth.
         input_shapes: Shape of each input without the batch.
         batch: None, or the only batch size that the network takes.
         output_spec: pytree structure of the original's output; None for one tensor.
@@ -62,9 +63,9 @@ class DynamicParts:
             positional tensors.
     """
 
-    plan: Plan
+    plan: AnyPlan
     cost: Cost
-    report: Report
+    report: Report | DepthReport
     provenance: Mapping[str, Slice]
     interfaces: tuple[Interface, ...]
     owners: tuple[int, ...]
@@ -301,13 +302,13 @@ class DynamicModel(StagedNetwork):
         super().__init__(stages, parts)
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> AnyPlan:
         """The plan that made it."""
         return self.parts.plan
 
     @property
-    def report(self) -> Report:
-        """What was cut, left whole, coupled, unknown, and why."""
+    def report(self) -> Report | DepthReport:
+        """What was cut, left whole, coupled, unknown, and why; or where exits stand."""
         return self.parts.report
 
     @property

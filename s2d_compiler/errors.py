@@ -151,6 +151,18 @@ class FormatError(S2DError):
     """
 
 
+class DataError(S2DError):
+    """Labelled images cannot be read, or do not fit the network.
+
+    Example:
+        a.npz: it holds x, y, and images is missing; store it under that name
+
+    What to do:
+        Put the data where the message says; none are downloaded. ``docs/data.md`` lists the forms
+        that are read, and what preprocessing makes of them.
+    """
+
+
 class OutputError(S2DError):
     """An output file cannot be written.
 

@@ -16,6 +16,8 @@ import pytest
 from tests.errors import (
     cases_capture,
     cases_commands,
+    cases_data,
+    cases_evaluation,
     cases_format,
     cases_graphs,
     cases_optimized,
@@ -23,6 +25,7 @@ from tests.errors import (
     cases_pickles,
     cases_plan,
     cases_reading,
+    cases_runtime,
     cases_verify,
 )
 from tests.errors.case import Case
@@ -44,7 +47,10 @@ TABLES = (
     cases_graphs,
     cases_pickles,
     cases_reading,
+    cases_runtime,
     cases_commands,
+    cases_data,
+    cases_evaluation,
     cases_verify,
     cases_optimized,
 )
@@ -116,7 +122,7 @@ def six():
 # what Python's own protocols ask for.
 INTERNAL = {
     "AssertionError", "KeyboardInterrupt", "NoRule", "NotImplementedError", "NotSliceable",
-    "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError",
+    "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError", "_DependentError",
 }  # fmt: skip
 
 
