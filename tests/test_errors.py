@@ -20,6 +20,7 @@ from tests.errors import (
     cases_evaluation,
     cases_format,
     cases_graphs,
+    cases_optimized,
     cases_passes,
     cases_pickles,
     cases_plan,
@@ -51,6 +52,7 @@ TABLES = (
     cases_data,
     cases_evaluation,
     cases_verify,
+    cases_optimized,
 )
 CASES: dict[str, Case] = {
     f"{table.__name__.rpartition('_')[2]}: {name}": case
