@@ -24,6 +24,7 @@ from s2d_compiler.runtime.predictions import Predictions
 from s2d_compiler.runtime.settings import RunSettings
 
 if TYPE_CHECKING:
+    from s2d_compiler.optimizing import OptimizedModel
     from s2d_compiler.prefix import StagePrefix
     from s2d_compiler.runtime.engine import Engine
 
@@ -336,6 +337,39 @@ class DynamicModel(StagedNetwork):
             )
         stages = [s for s in self.stages if isinstance(s, fx.GraphModule)]
         return StagePrefix(stages, self.parts, stage)
+
+    def optimized(
+        self,
+        *,
+        backend: str = "auto",
+        memory_format: str = "auto",
+        reads: str = "auto",
+        batch: int = 1,
+        examples: Sequence[torch.Tensor] | None = None,
+    ) -> OptimizedModel:
+        """A form that only runs, and runs fast: the same answers but for rounding.
+
+        Batch norms are folded, concatenations shared or replaced by sums, dropout taken out. It
+        has copies of the weights; this network is left as it is.
+
+        Args:
+            backend: ``"eager"``; ``"onednn"``, fused convolutions of packed weights (CPU,
+                float32); ``"inductor"``, torch's compiler, which takes minutes; ``"auto"``,
+                oneDNN where it can be had.
+            memory_format: ``"channels_last"``, ``"contiguous"``, or ``"auto"``: channels-last for
+                convolutional networks.
+            reads: How layers read the parts of several stages: by ``"sum"`` of one layer per part,
+                by ``"concatenate"``, or ``"auto"``, whichever should be faster for ``batch``.
+            batch: Samples that will mostly come at once; any number runs.
+            examples: Example inputs, where they are not of the weights' type.
+
+        Raises:
+            UsageError: There is no such backend, here or at all, or no such option.
+        """
+        from s2d_compiler.optimizing import optimize
+
+        return optimize(self, backend=backend, memory_format=memory_format, reads=reads,
+                        batch=batch, examples=examples)  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``dyn.pt``: data without code; see ``s2d_compiler.format``.

@@ -20,6 +20,7 @@ from tests.errors import (
     cases_evaluation,
     cases_format,
     cases_graphs,
+    cases_optimized,
     cases_passes,
     cases_pickles,
     cases_plan,
@@ -51,6 +52,7 @@ TABLES = (
     cases_data,
     cases_evaluation,
     cases_verify,
+    cases_optimized,
 )
 CASES: dict[str, Case] = {
     f"{table.__name__.rpartition('_')[2]}: {name}": case
@@ -119,8 +121,9 @@ def six():
 # Raised for the package itself and never shown as they are: how rules decline, control flow,
 # what Python's own protocols ask for.
 INTERNAL = {
-    "AssertionError", "KeyboardInterrupt", "NoRule", "NotImplementedError", "NotSliceable",
-    "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError", "_DependentError",
+    "AssertionError", "KeyboardInterrupt", "NoPlaceError", "NoRule", "NotImplementedError",
+    "NotSliceable", "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError",
+    "_DependentError",
 }  # fmt: skip
 
 

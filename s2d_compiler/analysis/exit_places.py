@@ -366,11 +366,12 @@ class Depth:
         Source: DDI, section 3.2 and figure 4: of eight layers of one resolution, the second and
         the sixth.
         """
-        starts = self._starts()
+        starts, levels = self._starts(), self._levels()
         groups: dict[str, list[ExitPlace]] = {}
         for each in self.cuts:
-            if as_pixels(each.resolution) > 1 and each.macs > starts.get(each.resolution, 0):
-                groups.setdefault(each.resolution, []).append(each)
+            level = levels[self._cut_nodes[self.program.by_name[each.node]]]
+            if as_pixels(level) > 1 and each.macs > starts.get(level, 0):
+                groups.setdefault(level, []).append(each)
         found: list[tuple[ExitPlace, int]] = []
         for number, (name, group) in enumerate((n, g) for n, g in groups.items() if len(g) > 1):
             start, end = starts.get(name, 0), group[-1].macs
@@ -379,6 +380,17 @@ class Depth:
             chosen = {p.node: p for goal in goals if (p := _nearest(rest, goal)) is not None}
             found += [(place, number) for place in chosen.values()]
         return tuple(sorted(found, key=lambda item: item[0].macs))
+
+    def _levels(self) -> dict[int, str]:
+        """By MACs that have run, the resolution of the cut there, before any pooling."""
+        found: dict[int, str] = {}
+        for node, macs in self._cut_nodes.items():
+            if len(shape_of(node)) < 2:
+                continue
+            mine = resolution(node, self._channel(node))
+            if macs not in found or as_pixels(mine) > as_pixels(found[macs]):
+                found[macs] = mine
+        return found
 
     def _starts(self) -> dict[str, int]:
         """MACs that have run before the first layer of every resolution."""
