@@ -16,6 +16,7 @@ import pytest
 from tests.errors import (
     cases_capture,
     cases_commands,
+    cases_depth,
     cases_format,
     cases_graphs,
     cases_passes,
@@ -45,6 +46,7 @@ TABLES = (
     cases_reading,
     cases_commands,
     cases_verify,
+    cases_depth,
 )
 CASES: dict[str, Case] = {
     f"{table.__name__.rpartition('_')[2]}: {name}": case
