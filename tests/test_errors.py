@@ -17,6 +17,7 @@ from tests.errors import (
     cases_capture,
     cases_commands,
     cases_data,
+    cases_depth,
     cases_evaluation,
     cases_format,
     cases_graphs,
@@ -52,6 +53,7 @@ TABLES = (
     cases_data,
     cases_evaluation,
     cases_verify,
+    cases_depth,
     cases_optimized,
 )
 CASES: dict[str, Case] = {
