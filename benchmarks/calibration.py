@@ -45,8 +45,8 @@ def simulated(samples: int, stages: int, seed: int) -> tuple[Floats, Flags]:
     """
     draw = np.random.default_rng(seed)
     ease = 1.3 - 3.2 * draw.beta(0.6, 2.2, samples) + 0.8 * draw.normal(size=samples)
-    scores = ease[:, None] + np.linspace(0.3, 1.6, stages) + 0.7 * draw.normal(
-        size=(samples, stages)
+    scores = (
+        ease[:, None] + np.linspace(0.3, 1.6, stages) + 0.7 * draw.normal(size=(samples, stages))
     )
     noise = 0.4 * draw.normal(size=(samples, stages))
     confidence = 1 / (1 + np.exp(-(np.abs(scores) * 1.5 + noise)))
