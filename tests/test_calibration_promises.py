@@ -93,7 +93,7 @@ def test_an_accuracy_is_shown_by_the_exact_tail() -> None:
 @pytest.mark.parametrize(
     ("target", "most_slack"),
     [
-        (MaxDrop(0.02), 0.012),
+        (MaxDrop(0.02), 0.014),
         (MeanBudget(macs=0.3), 0.05),
         (MaxDrop(0.02, against=0.94), 0.02),
     ],
@@ -104,9 +104,9 @@ def test_promises_are_broken_at_most_as_often_as_they_say(
 ) -> None:
     """Draws from exits whose true risk is known; ``benchmarks.calibration`` makes a thousand.
 
-    At a true rate of 5%, more than 8 of 60 broken ones have a probability of 0.3%.
+    At a true rate of 5%, more than 6 of 40 broken ones have a probability of 0.3%.
     """
-    costs, draws = COSTS[3], 60
+    costs, draws = COSTS[3], 40
     certainty, right = simulated(20_000, 3, 9)
     broken, slack = 0, []
     for draw in range(draws):
@@ -127,8 +127,8 @@ def test_promises_are_broken_at_most_as_often_as_they_say(
             room = target.drop - float(drop)
         broken += room < 0
         slack.append(room)
-    assert len(slack) > 0.9 * draws
-    assert broken <= 8
+    assert len(slack) > 0.8 * draws
+    assert broken <= 6
     assert np.mean(slack) < most_slack
 
 
