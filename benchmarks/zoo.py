@@ -53,7 +53,7 @@ from s2d_compiler.compiler import compile_program
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import CheckError, S2DError
 from s2d_compiler.program import Program
-from s2d_compiler.report import LayerReport
+from s2d_compiler.report import LayerReport, Report
 from s2d_compiler.tracing import capture
 
 HERE = Path(__file__).parent
@@ -268,6 +268,7 @@ def examine(population: str, name: str) -> dict[str, Any]:
 def figures(dyn: DynamicModel) -> dict[str, Any]:
     """What a row says of the plan without reuse."""
     report, cost = dyn.report, dyn.cost
+    assert isinstance(report, Report)
     total = max(1, report.original_macs)
     left = [
         {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ TOLERANCE = 1e-9
 #: Spread over size below which outputs are too nearly constant to prove anything.
 VACUOUS = 1e-6
 _ATTEMPTS = 3
-_DEFECT = "a defect of the compiler; please report the model and the plan."
+DEFECT = "a defect of the compiler; please report the model and the plan."
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -93,24 +93,30 @@ def check(
     """
     tensors = check_weights(dyn, assignment.program)
     with one_thread(when=dyn.cost.original_macs * batch <= _SMALL):
-        proof = _attempts(dyn, assignment, seed, batch, steps)
-    proof = replace(proof, tensors=tensors)
+        proof = attempts(lambda each: _compare(dyn, assignment, each, batch, steps), seed)
+    require_within(proof, "the masked form")
+    return replace(proof, tensors=tensors)
+
+
+def require_within(proof: Proof, expected: str) -> None:
+    """Require that no error is above the limit.
+
+    Raises:
+        CheckError: One is.
+    """
     for stage, error in enumerate(proof.errors, start=1):
         if not error <= TOLERANCE:
             raise CheckError(
-                f"stage {stage} differs from the masked form by {error:.2e} of the output's spread "
+                f"stage {stage} differs from {expected} by {error:.2e} of the output's spread "
                 f"(limit {TOLERANCE:.0e}): the result is not what the plan "
-                f"says, {_DEFECT}"
+                f"says, {DEFECT}"
             )
-    return proof
 
 
-def _attempts(
-    dyn: DynamicModel, assignment: StageAssignment, seed: int, batch: int, steps: Steps | None
-) -> Proof:
+def attempts(compared: Callable[[int], Proof], seed: int) -> Proof:
     """Compare with new random weights until the outputs depend on the inputs."""
     for attempt in range(_ATTEMPTS):
-        proof = _compare(dyn, assignment, seed + attempt, batch, steps)
+        proof = compared(seed + attempt)
         if not proof.is_vacuous:
             return proof
     log.warning(
@@ -136,7 +142,7 @@ def check_weights(dyn: DynamicModel, program: Program) -> int:
         if not torch.equal(torch.nan_to_num(state[name]), torch.nan_to_num(expected)):
             raise CheckError(
                 f"{name} is not the slice of {where.source} that its provenance says: it was "
-                f"changed, or this is {_DEFECT}"
+                f"changed, or this is {DEFECT}"
             )
     return len(dyn.provenance)
 
@@ -150,7 +156,7 @@ def _compare(
     settle(program.graph_module, program_inputs)
     mine = replace(assignment, program=program)
     staged = compile_program(program, assignment.plan, assignment=mine, pipeline=steps)
-    _require_same_graphs(dyn, staged)
+    require_same_graphs(dyn, staged)
     with torch.no_grad():
         found = list(staged.exits_of(program_inputs))
     expected = masked_outputs(mine, program_inputs)
@@ -204,12 +210,17 @@ def _compare_leaf(got: Any, want: Any) -> tuple[float, float]:
     return (error / scale if scale else (0.0 if error == 0 else float("inf"))), spread
 
 
-def _require_same_graphs(dyn: DynamicModel, staged: DynamicModel) -> None:
+def require_same_graphs(dyn: DynamicModel, staged: DynamicModel) -> None:
+    """Require that building a network again gives the same stages.
+
+    Raises:
+        CheckError: One differs.
+    """
     for number, (a, b) in enumerate(zip(dyn.stages, staged.stages, strict=True), start=1):
         if _without_types(a) != _without_types(b):
             raise CheckError(
                 f"stage {number} is built differently the second time, and both graphs must be "
-                f"equal: it was changed, or this is {_DEFECT}"
+                f"equal: it was changed, or this is {DEFECT}"
             )
 
 

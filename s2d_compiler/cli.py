@@ -1,4 +1,5 @@
-"""The commands: ``s2d-compile``, and ``s2d`` with ``compile``, ``inspect``, ``show``, ``verify``.
+"""The commands: ``s2d-compile``, and ``s2d`` with ``compile``, ``inspect``, ``show``, ``verify``,
+``eval``.
 
 A command computes its ``Result`` and prints nothing; ``commands.running`` prints it, as text or as
 JSON, and turns errors into a sentence and an exit status:
@@ -23,6 +24,7 @@ from cyclopts import App, Parameter
 from s2d_compiler._version import __version__
 from s2d_compiler.commands.calibrating import calibrate_network
 from s2d_compiler.commands.compiling import compile_model
+from s2d_compiler.commands.evaluating import evaluate_network
 from s2d_compiler.commands.inspecting import inspect
 from s2d_compiler.commands.running import run
 from s2d_compiler.commands.showing import show
@@ -57,4 +59,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     app.command(calibrate_network, name="calibrate")
     app.command(show)
     app.command(verify_network, name="verify")
+    app.command(evaluate_network, name="eval")
     return run("s2d", app, argv)

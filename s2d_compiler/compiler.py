@@ -12,6 +12,7 @@ from torch import fx, nn
 from passes.base import Pass, Pipeline
 from passes.concat import ConcatFeatures
 from passes.cost import CountCost
+from passes.depth_exits import AddDepthExits
 from passes.exits import AddExits
 from passes.extract import ExtractStages
 from passes.original import AppendOriginal
@@ -21,13 +22,17 @@ from s2d_compiler.analysis.assignment import StageAssignment, assign
 from s2d_compiler.analysis.channels import analyse_channels
 from s2d_compiler.analysis.cost import cost_of
 from s2d_compiler.attributes import find
+from s2d_compiler.depth_plan import DepthPlan
+from s2d_compiler.depth_report import DepthReport, depth_report_of
 from s2d_compiler.dynamic import DynamicModel, DynamicParts, interfaces_of
+from s2d_compiler.exit_placement import ExitPlacement, place_exits
 from s2d_compiler.memory import explained
 from s2d_compiler.plan import Plan
+from s2d_compiler.plans import AnyPlan, plan_from_dict
 from s2d_compiler.program import Program
 from s2d_compiler.provenance import Slice
-from s2d_compiler.report import report_of
-from s2d_compiler.staging import new_staged_graph
+from s2d_compiler.report import Report, report_of
+from s2d_compiler.staging import new_staged_graph, staged_graph_of
 from s2d_compiler.submodules import part_of
 from s2d_compiler.thin import fill
 from s2d_compiler.tracing import capture
@@ -50,9 +55,14 @@ def default_pipeline(assignment: StageAssignment) -> Pipeline:
     return Pipeline(tuple(passes))
 
 
+def depth_pipeline(placement: ExitPlacement) -> Pipeline:
+    """The passes that put exits along depth, in order."""
+    return Pipeline((AddDepthExits(placement), ExtractStages(), CountCost(placement.program)))
+
+
 def transform(
     model: nn.Module,
-    plan: Plan | Mapping[str, Any],
+    plan: AnyPlan | Mapping[str, Any],
     example_inputs: Sequence[Any] | None = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -65,7 +75,8 @@ def transform(
 
     Args:
         model: Any ``nn.Module`` that ``torch.export`` can capture; left untouched.
-        plan: The plan, or what ``Plan.from_dict`` takes.
+        plan: A plan that cuts channels or one that puts exits along depth, or what
+            ``Plan.from_dict`` or ``DepthPlan.from_dict`` takes.
         example_inputs: Positional inputs: tensors with a batch in dimension 0, or tuples, lists
             and dicts of them; without them the plan's ``input_shape``, else the first
             convolution's channels at 224x224.
@@ -85,8 +96,8 @@ def transform(
         UsageError: There is no such submodule.
         OutOfMemoryError: Either takes more memory than there is.
     """
-    if not isinstance(plan, Plan):
-        plan = Plan.from_dict(plan)
+    if not isinstance(plan, Plan | DepthPlan):
+        plan = plan_from_dict(plan)
     part = part_of(model, submodule)
     program = capture(part, example_inputs, plan.input_shape, example_kwargs)
     if submodule is not None:
@@ -97,31 +108,68 @@ def transform(
 @explained("building the stages", "compile a part of the model (--submodule)")
 def compile_program(
     program: Program,
-    plan: Plan,
+    plan: AnyPlan,
     *,
     pipeline: Steps | None = None,
     between: Between | None = None,
     made_by: Mapping[str, Any] | None = None,
-    assignment: StageAssignment | None = None,
+    assignment: StageAssignment | ExitPlacement | None = None,
 ) -> DynamicModel:
     """Like ``transform``, from a program that was captured before.
+
+    Args:
+        program: The captured model.
+        plan: The plan.
+        pipeline: As in ``transform``.
+        between: Likewise.
+        made_by: Likewise.
+        assignment: What the plan makes of the program, if that is known.
 
     Raises:
         OutOfMemoryError: The stages do not fit in memory beside the original.
     """
-    if assignment is None:
+    if isinstance(plan, DepthPlan):
+        placement = assignment if isinstance(assignment, ExitPlacement) else None
+        placement = placement or place_exits(program, plan)
+        return _compile_depth(placement, pipeline, between, made_by or {})
+    if not isinstance(assignment, StageAssignment):
         assignment = assign(program, analyse_channels(program), plan)
     steps = default_pipeline(assignment)
     if pipeline is not None:
         steps = pipeline(steps)
     network = steps.run(new_staged_graph(assignment), between)
-    return _dynamic_model(network, assignment, made_by or {})
+    owners = tuple(assignment.owners.tolist())
+    return _dynamic_model(
+        network, program, plan, lambda graphs: report_of(assignment, graphs), owners, made_by or {}
+    )
+
+
+def _compile_depth(
+    placement: ExitPlacement,
+    pipeline: Steps | None,
+    between: Between | None,
+    made_by: Mapping[str, Any],
+) -> DynamicModel:
+    """A program with exits along its depth."""
+    steps = depth_pipeline(placement)
+    if pipeline is not None:
+        steps = pipeline(steps)
+    network = steps.run(staged_graph_of(placement.program), between)
+
+    def reported(graphs: list[fx.GraphModule]) -> DepthReport:
+        return depth_report_of(placement, graphs, cost_of(placement.program, []).original_macs)
+
+    return _dynamic_model(network, placement.program, placement.plan, reported, (), made_by)
 
 
 def _dynamic_model(
-    network: fx.GraphModule, assignment: StageAssignment, made_by: Mapping[str, Any]
+    network: fx.GraphModule,
+    program: Program,
+    plan: AnyPlan,
+    reported: Callable[[list[fx.GraphModule]], Report | DepthReport],
+    owners: tuple[int, ...],
+    made_by: Mapping[str, Any],
 ) -> DynamicModel:
-    program, plan = assignment.program, assignment.plan
     slices: Mapping[str, Slice] = network.meta["slices"]
     fill(network, slices, program)
     interfaces = interfaces_of(network)
@@ -131,10 +179,10 @@ def _dynamic_model(
     parts = DynamicParts(
         plan=plan,
         cost=cost_of(program, graphs, _of_buffers(network, program)),
-        report=report_of(assignment, graphs),
+        report=reported(graphs),
         provenance={},
         interfaces=interfaces,
-        owners=tuple(assignment.owners.tolist()),
+        owners=owners,
         input_shapes=program.input_shapes,
         batch=program.batch,
         output_spec=program.output_spec,

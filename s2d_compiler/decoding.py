@@ -11,13 +11,15 @@ from torch import fx, nn
 
 from s2d_compiler.analysis.cost import Cost
 from s2d_compiler.attributes import find, graph_module, is_taken, put
+from s2d_compiler.depth_plan import DepthPlan
+from s2d_compiler.depth_report import DepthReport
 from s2d_compiler.dynamic import DynamicModel, DynamicParts, Interface
 from s2d_compiler.errors import FormatError
 from s2d_compiler.fields import Fields, as_number, as_text, damaged, shown
 from s2d_compiler.graph_codec import decode_graph
 from s2d_compiler.module_codec import decode_module
 from s2d_compiler.operator_names import WEIGHT_NORMS
-from s2d_compiler.plan import Plan
+from s2d_compiler.plans import plan_from_dict
 from s2d_compiler.program import is_plain_name, is_reserved
 from s2d_compiler.provenance import Positions, Slice
 from s2d_compiler.report import Report
@@ -70,6 +72,8 @@ def decode_network(
         _check_interface(stage, parts, number)
     dyn = DynamicModel(stages, parts)
     dyn.training = any(m.training for m in modules)
+    for container in (dyn.stages, *stages):
+        container.training = dyn.training
     if row.number("version", 1) >= 2:
         dyn.settings = RunSettings.from_dict(row.inner("settings"))
     _check_provenance(dyn)
@@ -77,7 +81,9 @@ def decode_network(
 
 
 def _parts(row: Fields, allowed: Allowed) -> DynamicParts:
-    plan = Plan.from_dict(row.named("plan"))
+    plan = plan_from_dict(row.named("plan"))
+    report = row.inner("report")
+    is_depth = isinstance(plan, DepthPlan)
     specs = {
         key: None if row.value(key) is None else decode_structure(row.inner(key), allowed.types)
         for key in ("output_spec", "input_spec")
@@ -89,7 +95,7 @@ def _parts(row: Fields, allowed: Allowed) -> DynamicParts:
     parts = DynamicParts(
         plan=plan,
         cost=Cost.from_dict(row.inner("cost")),
-        report=Report.from_dict(row.inner("report")),
+        report=DepthReport.from_dict(report) if is_depth else Report.from_dict(report),
         provenance=_provenance(row.inner("provenance")),
         interfaces=tuple(_interface(item) for item in row.rows("interfaces")),
         owners=_positions(row, "owners", torch.int16, 0, plan.stages),

@@ -13,8 +13,9 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from s2d_compiler.analysis.cost import Cost
+from s2d_compiler.depth_report import DepthReport
 from s2d_compiler.errors import InputShapeError, UsageError
-from s2d_compiler.plan import Plan
+from s2d_compiler.plans import AnyPlan
 from s2d_compiler.provenance import Slice
 from s2d_compiler.report import Report
 from s2d_compiler.runtime.measures import Function
@@ -23,6 +24,7 @@ from s2d_compiler.runtime.predictions import Predictions
 from s2d_compiler.runtime.settings import RunSettings
 
 if TYPE_CHECKING:
+    from s2d_compiler.optimizing import OptimizedModel
     from s2d_compiler.prefix import StagePrefix
     from s2d_compiler.runtime.engine import Engine
 
@@ -52,7 +54,7 @@ class DynamicParts:
         report: What was cut and why.
         provenance: State-dict key -> slice of the original.
         interfaces: Per stage, what it takes and hands on.
-        owners: Stage of every atom of the original, from 1.
+        owners: Stage of every atom of the original, from 1; none with exits along depth.
         input_shapes: Shape of each input without the batch.
         batch: None, or the only batch size that the network takes.
         output_spec: pytree structure of the original's output; None for one tensor.
@@ -61,9 +63,9 @@ class DynamicParts:
             positional tensors.
     """
 
-    plan: Plan
+    plan: AnyPlan
     cost: Cost
-    report: Report
+    report: Report | DepthReport
     provenance: Mapping[str, Slice]
     interfaces: tuple[Interface, ...]
     owners: tuple[int, ...]
@@ -300,13 +302,13 @@ class DynamicModel(StagedNetwork):
         super().__init__(stages, parts)
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> AnyPlan:
         """The plan that made it."""
         return self.parts.plan
 
     @property
-    def report(self) -> Report:
-        """What was cut, left whole, coupled, unknown, and why."""
+    def report(self) -> Report | DepthReport:
+        """What was cut, left whole, coupled, unknown, and why; or where exits stand."""
         return self.parts.report
 
     @property
@@ -335,6 +337,39 @@ class DynamicModel(StagedNetwork):
             )
         stages = [s for s in self.stages if isinstance(s, fx.GraphModule)]
         return StagePrefix(stages, self.parts, stage)
+
+    def optimized(
+        self,
+        *,
+        backend: str = "auto",
+        memory_format: str = "auto",
+        reads: str = "auto",
+        batch: int = 1,
+        examples: Sequence[torch.Tensor] | None = None,
+    ) -> OptimizedModel:
+        """A form that only runs, and runs fast: the same answers but for rounding.
+
+        Batch norms are folded, concatenations shared or replaced by sums, dropout taken out. It
+        has copies of the weights; this network is left as it is.
+
+        Args:
+            backend: ``"eager"``; ``"onednn"``, fused convolutions of packed weights (CPU,
+                float32); ``"inductor"``, torch's compiler, which takes minutes; ``"auto"``,
+                oneDNN where it can be had.
+            memory_format: ``"channels_last"``, ``"contiguous"``, or ``"auto"``: channels-last for
+                convolutional networks.
+            reads: How layers read the parts of several stages: by ``"sum"`` of one layer per part,
+                by ``"concatenate"``, or ``"auto"``, whichever should be faster for ``batch``.
+            batch: Samples that will mostly come at once; any number runs.
+            examples: Example inputs, where they are not of the weights' type.
+
+        Raises:
+            UsageError: There is no such backend, here or at all, or no such option.
+        """
+        from s2d_compiler.optimizing import optimize
+
+        return optimize(self, backend=backend, memory_format=memory_format, reads=reads,
+                        batch=batch, examples=examples)  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``dyn.pt``: data without code; see ``s2d_compiler.format``.

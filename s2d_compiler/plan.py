@@ -30,13 +30,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from s2d_compiler.output import atomic_write
 from s2d_compiler.plan_rules import (
     EXAMPLES,
-    MAX_CHARACTERS,
     PLAN_KEYS,
     PLAN_VERSION,
     SETTING_KEYS,
@@ -57,6 +55,7 @@ from s2d_compiler.plan_rules import (
     parse,
     positions,
     read_concat,
+    read_file,
     read_input_shape,
     read_split,
     show,
@@ -266,19 +265,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan from a JSON file."""
-        try:
-            with Path(path).open(encoding="utf-8-sig") as file:
-                text = file.read(MAX_CHARACTERS + 1)
-        except FileNotFoundError:
-            fail(str(path), "there is no such file; check the path")
-        except IsADirectoryError:
-            fail(str(path), "this is a folder; name the plan's file")
-        except UnicodeDecodeError as error:
-            fail(str(path), f"not text in UTF-8 (byte {error.start}); a plan is a JSON file")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            fail(str(path), f"cannot be read ({reason}); check the path and your rights")
-        return cls.from_json(text, str(path))
+        return cls.from_json(read_file(path), str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, ready for JSON; ``from_dict`` gives the plan back."""

@@ -12,9 +12,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from numbers import Integral
-from typing import Any, Literal, NoReturn, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 from s2d_compiler.errors import PlanError
+
+if TYPE_CHECKING:
+    import os
 
 Split: TypeAlias = tuple[int, ...]
 Pair: TypeAlias = tuple[int, int]
@@ -220,7 +224,23 @@ def positions(resolution: str) -> tuple[int, str]:
     return prod(map(int, resolution.split("x"))), resolution
 
 
-# JSON
+# Files and JSON
+
+
+def read_file(path: str | os.PathLike[str]) -> str:
+    """The text of a plan's file, as far as a plan may be long."""
+    try:
+        with Path(path).open(encoding="utf-8-sig") as file:
+            return file.read(MAX_CHARACTERS + 1)
+    except FileNotFoundError:
+        fail(str(path), "there is no such file; check the path")
+    except IsADirectoryError:
+        fail(str(path), "this is a folder; name the plan's file")
+    except UnicodeDecodeError as error:
+        fail(str(path), f"not text in UTF-8 (byte {error.start}); a plan is a JSON file")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        fail(str(path), f"cannot be read ({reason}); check the path and your rights")
 
 
 def parse(text: str, source: str) -> Any:

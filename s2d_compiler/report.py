@@ -167,8 +167,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON and ``dyn.pt``."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        result: dict[str, Any] = plain(asdict(self))
+        return result
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any] | Fields) -> Report:
@@ -241,7 +241,7 @@ class Report:
         section(
             text,
             "not in the graph (not run in evaluation mode on such an input)",
-            _folded([*self.dropped.modules, *self.dropped.unused]),
+            folded([*self.dropped.modules, *self.dropped.unused]),
         )
         section(text, "notes", list(self.notes))
         return text.getvalue().rstrip()
@@ -251,7 +251,7 @@ def _inside(path: str) -> str:
     return f"in {path}" if path else "at the top level"
 
 
-def _folded(paths: list[str]) -> list[str]:
+def folded(paths: Sequence[str]) -> list[str]:
     """Paths that differ in numbers only, as one line with their count."""
     patterns: dict[str, list[str]] = {}
     for path in paths:
@@ -270,11 +270,12 @@ def section(text: io.StringIO, title: str, rows: Sequence[str], most: int = 12) 
         text.write(f"  and {len(rows) - most} more\n")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Data with lists for tuples."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 

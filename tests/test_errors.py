@@ -18,12 +18,15 @@ from tests.errors import (
     cases_capture,
     cases_commands,
     cases_data,
+    cases_evaluation,
     cases_format,
     cases_graphs,
+    cases_optimized,
     cases_passes,
     cases_pickles,
     cases_plan,
     cases_reading,
+    cases_runtime,
     cases_verify,
 )
 from tests.errors.case import Case
@@ -46,9 +49,12 @@ TABLES = (
     cases_graphs,
     cases_pickles,
     cases_reading,
+    cases_runtime,
     cases_commands,
     cases_data,
+    cases_evaluation,
     cases_verify,
+    cases_optimized,
 )
 CASES: dict[str, Case] = {
     f"{table.__name__.rpartition('_')[2]}: {name}": case
@@ -117,8 +123,9 @@ def six():
 # Raised for the package itself and never shown as they are: how rules decline, control flow,
 # what Python's own protocols ask for.
 INTERNAL = {
-    "AssertionError", "KeyboardInterrupt", "NoRule", "NotImplementedError", "NotSliceable",
-    "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError",
+    "AssertionError", "KeyboardInterrupt", "NoPlaceError", "NoRule", "NotImplementedError",
+    "NotSliceable", "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError",
+    "_DependentError",
 }  # fmt: skip
 
 

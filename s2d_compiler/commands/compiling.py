@@ -23,7 +23,7 @@ from s2d_compiler.commands.options import (
     require_other_file,
 )
 from s2d_compiler.output import check_writable
-from s2d_compiler.plan import Plan
+from s2d_compiler.plans import AnyPlan, load_plan
 
 if TYPE_CHECKING:
     from torch import fx
@@ -47,18 +47,21 @@ def compile_model(
     reporting: Reporting = REPORTING,
     command_line: CommandLine = "",
 ) -> Result:
-    """Rewrite a trained network as a dynamic one: stages of channels with early exits.
+    """Rewrite a trained network as a dynamic one: stages with early exits.
+
+    By the plan, stages are slices of the channels of every layer, or parts of its depth ("exits").
 
     Args:
         model: The trained network: a file of torch.save, or .safetensors.
-        splits: The plan, a JSON file; s2d inspect MODEL --write-plan FILE writes one to edit.
+        splits: The plan, a JSON file; s2d inspect MODEL --write-plan FILE writes one to edit. One
+            with "exits" puts exits along depth.
         output: The file to write; an existing one is replaced.
         no_check: Skip the proof in float64 that the result is what the plan says.
         seed: Seed of the random numbers of that proof.
         print_passes: Print the graph after each pass, on stderr.
     """
     shape = source.shape
-    plan = Plan.load(splits)
+    plan = load_plan(splits)
     if shape is not None:
         plan = replace(plan, input_shape=shape)
     require_other_file(output, {"the model": model, "the plan": splits})
@@ -84,7 +87,7 @@ def _origin(model: Path) -> dict[str, Any]:
 
 def _compile(
     program: Program,
-    plan: Plan,
+    plan: AnyPlan,
     made_by: Mapping[str, Any],
     between: Between | None,
     seed: int | None,
@@ -94,9 +97,16 @@ def _compile(
     from s2d_compiler.analysis.channels import analyse_channels
     from s2d_compiler.checking import check
     from s2d_compiler.compiler import compile_program
+    from s2d_compiler.depth_checking import check_depth
+    from s2d_compiler.depth_plan import DepthPlan
+    from s2d_compiler.exit_placement import place_exits
 
-    assignment = assign(program, analyse_channels(program), plan)
     made_by = {**made_by, "checked": seed is not None}
+    if isinstance(plan, DepthPlan):
+        placement = place_exits(program, plan)
+        dyn = compile_program(program, plan, between=between, made_by=made_by, assignment=placement)
+        return dyn, None if seed is None else check_depth(dyn, placement, seed=seed)
+    assignment = assign(program, analyse_channels(program), plan)
     dyn = compile_program(program, plan, between=between, made_by=made_by, assignment=assignment)
     return dyn, None if seed is None else check(dyn, assignment, seed=seed)
 
@@ -140,10 +150,12 @@ def _permissions(dyn: DynamicModel) -> str:
 
 def _next(dyn: DynamicModel, output: Path) -> str:
     """What the stages are good for as they are, and what to do."""
+    from s2d_compiler.depth_plan import DepthPlan
+
     if dyn.plan.stages == 1:
         return "The one stage computes what the original does; there is nothing to train."
     who = "The exits are untrained: the stages do not have the original's accuracy yet"
-    if dyn.plan.final == "original":
+    if isinstance(dyn.plan, DepthPlan) or dyn.plan.final == "original":
         who = (
             "The exits are untrained: all stages but the last, which is the original itself, do "
             "not have its accuracy yet"

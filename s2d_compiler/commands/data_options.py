@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from s2d_compiler.data.preprocessing import Preprocessing
-from s2d_compiler.errors import UsageError
+from s2d_compiler.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from s2d_compiler.data import Data
 
-__all__ = ["DATA", "DataSource", "Samples"]
+__all__ = ["DATA", "DataSource", "Samples", "read_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +127,6 @@ class DataSource:
             "std": _numbers("--std", self.std),
         }
         given = {name: value for name, value in texts.items() if value is not None}
-        if stored is None and not given:
-            logger.warning(
-                "no preprocessing is given or stored with the network: pixels are only scaled to 0 "
-                "to 1 (--mean, --std, --resize, --crop)"
-            )
         return replace(stored or Preprocessing(), **given)
 
     def samples(self, dyn: Any) -> Samples:
@@ -143,22 +138,53 @@ class DataSource:
         Raises:
             UsageError, DataError: Options, data and network do not fit together.
         """
+        import torch
+
         from s2d_compiler.data import require_fit
 
         data = self.open()
-        preprocessing = self.preprocessing(dyn.settings.preprocessing)
+        stored = dyn.settings.preprocessing
+        preprocessing = self.preprocessing(stored)
+        is_bytes = data.image(0).dtype == torch.uint8
+        if stored is None and preprocessing == Preprocessing() and is_bytes:
+            logger.warning(
+                "no preprocessing is given or stored with the network: pixels are only scaled to 0 "
+                "to 1 (--mean, --std, --resize, --crop)"
+            )
         preprocessing = replace(preprocessing, dtype=_dtype_of(dyn, preprocessing))
         shape = require_fit(data, preprocessing, dyn.parts.input_shapes)
         size: int = dyn.parts.batch or self.batch_size
-        if len(data) % size and dyn.parts.batch:
+        if dyn.parts.batch and len(data) % size:
+            remedy = f"give --limit {len(data) // size * size}"
+            if len(data) < size:
+                remedy = f"give at least {size} images"
             raise UsageError(
-                f"--data: {len(data)} images, and the network takes batches of {size} only; give "
-                f"--limit {max(1, len(data) // size) * size}, or compile it with a free batch size"
+                f"--data: {len(data)} images, and the network takes batches of {size} only; "
+                f"{remedy}, or compile it with a free batch size"
             )
         return Samples(data, preprocessing, size, shape)
 
 
 DATA = DataSource()
+
+
+def read_device(text: str) -> torch.device:
+    """Where to run.
+
+    Raises:
+        UsageError: There is no such device here.
+    """
+    import torch
+
+    try:
+        device = torch.device(text)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"--device: {text!r} cannot be used here ({first_line(error)[:160]}); write cpu, or "
+            "cuda where torch sees a GPU"
+        ) from error
+    return device
 
 
 def _dtype_of(dyn: Any, preprocessing: Preprocessing) -> str:

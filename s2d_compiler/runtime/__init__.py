@@ -3,6 +3,7 @@
 from s2d_compiler.runtime.measures import MEASURES, measure_values
 from s2d_compiler.runtime.policies import Deadline, MacsBudget, Policy, Thresholds
 from s2d_compiler.runtime.predictions import Predictions
+from s2d_compiler.runtime.recording import record_timings
 from s2d_compiler.runtime.settings import RunSettings
 from s2d_compiler.runtime.timings import StageTimings, Timings
 
@@ -17,4 +18,5 @@ __all__ = [
     "Thresholds",
     "Timings",
     "measure_values",
+    "record_timings",
 ]

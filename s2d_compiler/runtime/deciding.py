@@ -40,8 +40,26 @@ class Decider:
         self.timings = timings
         self.is_whole = is_whole
         self.spent = samples * macs[0]
+        self.expected = 0.0
         if isinstance(policy, MacsBudget):
             _require_first_stage(policy, macs[0], samples)
+
+    def one_stays(self, stage: int, value: float) -> bool:
+        """``staying`` for a batch of which one sample is left, without looking at the device."""
+        if self.thresholds is not None:
+            bound = self.thresholds.values[stage]
+            if value >= bound if self.thresholds.larger_is_certain else value <= bound:
+                return False
+        if isinstance(self.policy, Deadline):
+            return self._fits(self.policy, stage, before=1, going=1)
+        if isinstance(self.policy, MacsBudget):
+            if self.policy.per == "sample":
+                return sum(self.macs[: stage + 2]) <= self.policy.macs
+            price = self.macs[stage + 1] * (self.samples if self.is_whole else 1)
+            if price > self.policy.macs - self.spent:
+                return False
+            self.spent += price
+        return True
 
     def staying(self, stage: int, values: Tensor | None) -> Tensor | None:
         """Which samples go on to the next stage.
@@ -67,18 +85,29 @@ class Decider:
 
     def _in_time(self, stage: int, stay: Tensor | None, values: Tensor | None) -> Tensor | None:
         assert isinstance(self.policy, Deadline)
-        assert self.timings is not None
         assert values is not None
         if values.is_cuda:
             torch.cuda.synchronize(values.device)
         going = len(values) if stay is None else int(stay.sum())
         if going == 0:
             return stay
-        batch = self.samples if self.is_whole else going
-        elapsed = (time.perf_counter() - self.began) * 1000
-        if elapsed + self.timings.p95(stage + 1, batch) > self.policy.milliseconds:
+        if not self._fits(self.policy, stage, len(values), going):
             return torch.zeros(len(values), dtype=torch.bool, device=values.device)
         return stay
+
+    def _fits(self, policy: Deadline, stage: int, before: int, going: int) -> bool:
+        """Whether the next stage's recorded time fits into what is left.
+
+        Where the stages so far took longer than was recorded, because the machine is busy with
+        something else, the next one is taken to be slower by as much.
+        """
+        assert self.timings is not None
+        if self.is_whole:
+            before = going = self.samples
+        elapsed = (time.perf_counter() - self.began) * 1000
+        self.expected += self.timings.p95(stage, before)
+        slowdown = max(1.0, elapsed / self.expected) if self.expected else 1.0
+        return elapsed + slowdown * self.timings.p95(stage + 1, going) <= policy.milliseconds
 
     def _paid(
         self, policy: MacsBudget, stage: int, stay: Tensor | None, values: Tensor | None

@@ -30,8 +30,11 @@ from s2d_compiler.runtime.sample_axes import SampleAxes, SampleAxis, Values, fin
 
 if TYPE_CHECKING:
     from s2d_compiler.dynamic import StagedNetwork
+    from s2d_compiler.runtime.timings import Timings
 
 _NEVER = Thresholds(())
+#: A threshold that lets everybody leave may lie a little above what rounding makes of the largest.
+_ROUNDING = 1.02
 
 
 class Engine:
@@ -71,8 +74,8 @@ class Engine:
                 "predict: there is no policy, neither given nor stored; hand one in, such as "
                 "Thresholds((0.9, 0.8)), or let s2d calibrate find one."
             )
-        self._check(policy)
         given = self._given(inputs, keywords)
+        self._check(policy, settings.timings, given[0].device)
         with torch.no_grad():
             samples = _samples(given)
             if samples == 0:
@@ -125,15 +128,14 @@ class Engine:
             leaves = batch.run(number)
             left = samples if rows is None else len(rows)
             values = self._values(measured, number, self.parts.structured(tuple(leaves)), left)
-            stay = _NOBODY if number == last else decider.staying(number, values)
             if left == 1:  # no copies, and one look at the device
                 value = float(values)
                 undefined += value != value
-                goes_on = stay is None or (stay is not _NOBODY and bool(stay))
-                if goes_on:
+                if number < last and decider.one_stays(number, value):
                     continue
-                stay = _NOBODY
+                stay: Tensor | None = _NOBODY
             else:
+                stay = _NOBODY if number == last else decider.staying(number, values)
                 undefined += int(values.isnan().sum())
             if stay is None:
                 continue
@@ -176,7 +178,7 @@ class Engine:
     def _network(self) -> StagedNetwork:
         network = self.network()
         assert network is not None
-        if network.training or any(stage.training for stage in network.stages):
+        if network.training:
             raise UsageError(
                 "predict: the network is in training mode, in which samples depend on each other "
                 "(batch norm) and on chance (dropout); call dyn.eval() first."
@@ -187,7 +189,7 @@ class Engine:
         positional = inputs if isinstance(inputs, tuple) else (inputs,)
         return self.parts.flat_inputs(positional, keywords)
 
-    def _check(self, policy: Policy) -> None:
+    def _check(self, policy: Policy, timings: Timings | None, device: torch.device) -> None:
         """Require that a policy fits the network; what depends on outputs shows later."""
         thresholds = thresholds_of(policy)
         count = len(self.macs)
@@ -196,18 +198,26 @@ class Engine:
                 f"thresholds: {len(thresholds.values)} for a network of {count} stages; give one "
                 f"per stage but the last ({count - 1})."
             )
-        network = self.network()
-        assert network is not None
-        if isinstance(policy, Deadline) and network.settings.timings is None:
+        if isinstance(policy, Deadline):
+            self._check_timings(timings, device)
+
+    def _check_timings(self, timings: Timings | None, device: torch.device) -> None:
+        """Require times of this network, recorded on such a device."""
+        if timings is None:
             raise PolicyError(
                 "deadline: no times are recorded for this network, so nobody knows what fits; "
                 "record them on the machine that it runs on: s2d bench --record."
             )
-        timings = network.settings.timings
-        if isinstance(policy, Deadline) and timings is not None and len(timings.stages) != count:
+        if len(timings.stages) != len(self.macs):
             raise PolicyError(
                 f"deadline: times are recorded for {len(timings.stages)} stages, and the network "
-                f"has {count}; record them again: s2d bench --record."
+                f"has {len(self.macs)}; record them again: s2d bench --record."
+            )
+        recorded = timings.machine.get("device", device.type)
+        if recorded != device.type:
+            raise PolicyError(
+                f"deadline: times are recorded on {recorded}, and the inputs are on {device.type}; "
+                "record them there: s2d bench --record."
             )
 
     def _values(self, thresholds: Thresholds, number: int, output: Any, samples: int) -> Tensor:
@@ -221,12 +231,16 @@ class Engine:
         values = measure_values(measure, output, temperature)
         if number < len(thresholds.values):
             bound, most = thresholds.values[number], largest_value(measure, output.shape[1])
-            if bound > most * (1 + 1e-6) and bound != torch.inf:
+            if bound > most * _ROUNDING and bound != torch.inf:
                 raise PolicyError(
                     f"thresholds: {bound!r} at stage {number + 1} is above the largest {measure} "
                     f"of {output.shape[1]} classes ({most:.6g}); give a value up to it."
                 )
         return values
+
+    def batch_of(self, inputs: tuple[Any, ...]) -> Batch:
+        """A batch at its start, from flat inputs that fit the network; to run stages by hand."""
+        return self._batch(self._network(), inputs, _samples(inputs))
 
     def _batch(self, network: StagedNetwork, given: tuple[Any, ...], samples: int) -> Batch:
         stages = list(network.stages)

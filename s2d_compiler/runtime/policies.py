@@ -134,7 +134,9 @@ class Deadline:
     """A time by which to answer, counted from the call of ``predict``.
 
     Stage 1 always runs. No later stage starts unless its recorded p95 for as many samples fits
-    into the time left (``settings.timings``; ``s2d bench --record`` writes them).
+    into the time left (``settings.timings``; ``s2d bench --record`` writes them). When the stages
+    so far took longer than their recorded p95, the machine is busy, and the next one's is
+    stretched by as much.
 
     Source: DDI, section 3.2 (resource-dependent inference).
 
@@ -259,7 +261,7 @@ def policy_from_dict(data: Fields) -> Policy:
 
 def _thresholds(data: Fields) -> Thresholds:
     if data.text("kind") != "thresholds":
-        damaged(data.at("kind"), "thresholds belong here")
+        damaged(data.at("kind"), f"{shown(data.text('kind'))} stands where thresholds belong")
     measure, temperatures = data.text("measure"), data.value("temperatures")
     never = -math.inf if measure == "entropy" else math.inf
     values = [never if value is None else value for value in data.items("values")]

@@ -120,7 +120,7 @@ def find_sample_axes(
             for samples in ((first, second), (first, third), (first, second, third))
         )
     except Exception as error:
-        log.info("samples run one by one: a batch of two or three fails: %s", error)
+        log.warning("samples run one by one: a batch of two or three fails: %s", error)
         return None
     try:
         features = {
@@ -134,7 +134,7 @@ def find_sample_axes(
             for rows in zip(pair[1], other[1], triple[1], strict=True)
         )
     except _DependentError as error:
-        log.info("samples run one by one: %s", error)
+        log.warning("samples run one by one: %s", error)
         return None
     return SampleAxes(features, outputs)
 
@@ -174,11 +174,13 @@ def _axis(pair: Tensor, other: Tensor, triple: Tensor) -> SampleAxis:
     ]
     if not sizes:
         if not _equal(pair, other):
-            raise _DependentError("a value of a size of its own depends on the samples")
+            raise _DependentError("a value without a batch dimension depends on them")
         return SampleAxis(None)
     (dimension, two, three), *more = sizes
     if more or two % 2 or three != two // 2 * 3:
-        raise _DependentError(f"sizes {tuple(pair.shape)} become {tuple(triple.shape)}")
+        raise _DependentError(
+            f"sizes {tuple(pair.shape)} of two samples become {tuple(triple.shape)} of three"
+        )
     factor = two // 2
     row = torch.zeros(1, dtype=torch.long, device=pair.device)
     layouts = [SampleAxis(dimension, factor)]
@@ -188,9 +190,9 @@ def _axis(pair: Tensor, other: Tensor, triple: Tensor) -> SampleAxis:
     if len(fitting) == 1 or (fitting and factor == 1):
         return fitting[0]
     raise _DependentError(
-        "the first sample depends on the second"
+        "their outputs depend on each other"
         if not fitting
-        else "merged positions do not tell samples apart"
+        else "where they lie in merged positions does not show"
     )
 
 

@@ -14,16 +14,30 @@ own between passes; everything it needs to know stands in the graph:
 from torch import fx, nn
 
 from s2d_compiler.analysis.assignment import StageAssignment
+from s2d_compiler.program import Program
 from s2d_compiler.staging.builder import StageBuilder
 from s2d_compiler.staging.emitter import NOBODYS, PART, SHARED, VERSION
 
-__all__ = ["NOBODYS", "PART", "SHARED", "VERSION", "StageBuilder", "new_staged_graph"]
+__all__ = [
+    "NOBODYS",
+    "PART",
+    "SHARED",
+    "VERSION",
+    "StageBuilder",
+    "new_staged_graph",
+    "staged_graph_of",
+]
 
 
 def new_staged_graph(assignment: StageAssignment) -> fx.GraphModule:
     """An empty staged graph with the program's inputs."""
+    return staged_graph_of(assignment.program)
+
+
+def staged_graph_of(program: Program) -> fx.GraphModule:
+    """Like ``new_staged_graph``, of a program."""
     graph = fx.Graph()
-    for node in assignment.program.nodes:
+    for node in program.nodes:
         if node.op == "placeholder":
             created = graph.placeholder(node.name)
             created.meta = {

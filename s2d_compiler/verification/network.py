@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from s2d_compiler.provenance import Slice
 from s2d_compiler.verification.arguments import Value
 from s2d_compiler.verification.layers import Held, UnknownModuleError, apply_module
 from s2d_compiler.verification.operators import Operators
-from s2d_compiler.verification.specification import released, terms_of
+from s2d_compiler.verification.static import released, terms_of
 from s2d_compiler.verification.words import DAMAGED
 
 
@@ -49,16 +49,22 @@ class Network:
         program: The original, for what is a parameter and what is not.
         operators: What operators do to terms.
         inputs: Terms of the inputs.
+        heads: Tensors of heads that the original does not have, by name.
     """
 
     def __init__(
-        self, dyn: DynamicModel, program: Program, operators: Operators, inputs: Sequence[Value]
+        self,
+        dyn: DynamicModel,
+        program: Program,
+        operators: Operators,
+        inputs: Sequence[Value],
+        heads: Mapping[str, Slice],
     ):
         self.dyn = dyn
         self.program = program
         self.operators = operators
         self.inputs = inputs
-        self.provenance = dict(dyn.parts.provenance)
+        self.provenance = {**heads, **dyn.parts.provenance}
         self.features: dict[tuple[int, int], Any] = {}
         self.handed: set[tuple[int, int]] = set()
         self.read: set[tuple[int, int]] = set()

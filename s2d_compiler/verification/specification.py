@@ -9,31 +9,27 @@ read, and operators that mix channels without weights see stage i's own channels
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
 from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.analysis.labels import VERSIONED
 from s2d_compiler.computed import ComputedLayer
-from s2d_compiler.errors import VerifyError, first_line
-from s2d_compiler.program import is_scalar, place
+from s2d_compiler.program import is_scalar
 from s2d_compiler.provenance import Slice, normalised
 from s2d_compiler.rules.layers import GROUPS_TO_CUT_BETWEEN, is_layer
 from s2d_compiler.thin_expression import slice_expression
 from s2d_compiler.verification.arguments import Value
-from s2d_compiler.verification.layers import Held, UnknownModuleError, apply_module, layer_shape
+from s2d_compiler.verification.layers import Held, layer_shape
 from s2d_compiler.verification.operators import Operators
-from s2d_compiler.verification.terms import Terms
-
-Environment = dict[fx.Node, Any]
+from s2d_compiler.verification.static import Environment, StaticRun
 
 
-class Specification:
+class Specification(StaticRun):
     """Runs the masked form stage by stage.
 
     Args:
@@ -43,15 +39,10 @@ class Specification:
     """
 
     def __init__(self, assignment: StageAssignment, operators: Operators, inputs: Sequence[Value]):
+        super().__init__(assignment.program, operators, inputs)
         self.assignment = assignment
-        self.program = assignment.program
         self.channels = assignment.channels
-        self.operators = operators
-        self.inputs = inputs
         self.stage = 0
-        self.before: Environment = {}  #: of the stage before, for nodes that are still to come
-        self.leaves = {v for v in self.program.output_leaves if isinstance(v, fx.Node)}
-        self.after = released(self.program.nodes)
 
     def next_stage(self, *, keep: bool = False) -> Environment:
         """Values in the next stage's run: of exits and of what later stages take over.
@@ -60,48 +51,10 @@ class Specification:
             keep: Return the values of all nodes.
         """
         self.stage += 1
-        found = self._run(lambda node, found: self._merged(node, self._evaluated(node, found)),
+        found = self.run(lambda node, found: self._merged(node, self._evaluated(node, found)),
                           lambda node: keep or self._is_taken_over(node))  # fmt: skip
         self.before = found
         return found
-
-    def static(self, *, keep: bool = False) -> Environment:
-        """Values of the model as it is: of its outputs, or with ``keep`` of all nodes."""
-        return self._run(self._plain, lambda node: keep)
-
-    def _run(
-        self,
-        evaluate: Callable[[fx.Node, Environment], Any],
-        is_kept: Callable[[fx.Node], bool],
-    ) -> Environment:
-        found: Environment = {}
-        given = iter(self.inputs)
-        for node in self.program.nodes:
-            if node.op == "output":
-                break
-            if node.op == "placeholder":
-                found[node] = next(given)
-            elif node.op == "get_attr":
-                found[node] = self._attribute(node)
-            else:
-                found[node] = self._followed(node, found, evaluate)
-            self.before.pop(node, None)
-            for done in self.after.get(node, ()):
-                if done not in self.leaves and not is_kept(done):
-                    del found[done]
-        return found
-
-    def _followed(
-        self, node: fx.Node, found: Environment, evaluate: Callable[[fx.Node, Environment], Any]
-    ) -> Any:
-        try:
-            return evaluate(node, found)
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError,
-                AssertionError, StopIteration, UnknownModuleError) as error:  # fmt: skip
-            raise VerifyError(
-                f"{place(node)} of the model cannot be followed: {first_line(error)}; this is no "
-                "word on the network: rely on the self-check of s2d-compile instead."
-            ) from error
 
     def _is_taken_over(self, node: fx.Node) -> bool:
         owners = self.assignment.owner_labels.get(node.name)
@@ -110,23 +63,6 @@ class Specification:
         )
 
     # -- one node ----------------------------------------------------------------------------------
-
-    def _attribute(self, node: fx.Node) -> Value:
-        target = str(node.target)
-        tensor = self.program.attribute(node)
-        source = self.program.sources.get(target)
-        if source is None or source in self.program.buffers or not _is_parameter(tensor):
-            return self.operators.value(tensor)
-        whole = Slice(source, (None,) * tensor.dim())
-        return Value(self.operators.keys.elements(whole, tuple(tensor.shape)))
-
-    def _plain(self, node: fx.Node, found: Environment) -> Any:
-        args = fx.map_arg(node.args, found.__getitem__)
-        kwargs = fx.map_arg(dict(node.kwargs), found.__getitem__)
-        if node.op == "call_module":
-            x: Any = args[0]
-            return self._module(self._held(node), x)
-        return self.operators.apply(node.target, args, kwargs)
 
     def _evaluated(self, node: fx.Node, found: Environment) -> Any:
         if node.name in self.channels.coupled:
@@ -154,19 +90,6 @@ class Specification:
         if later.any():
             terms = torch.where(later, torch.zeros((), dtype=torch.int64), terms)
         return Value(terms)
-
-    def _module(self, held: Held, x: Value) -> Value:
-        operators = self.operators
-        return Value(apply_module(operators, held, x.terms))
-
-    def _held(self, node: fx.Node, alive: torch.Tensor | None = None) -> Held:
-        module, path = self.program.module(node), str(node.target)
-        slices = {
-            name: Slice(self.program.sources.get(f"{path}.{name}", f"{path}.{name}"),
-                        (None,) * tensor.dim())
-            for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        }  # fmt: skip
-        return Held(module, slices, alive)
 
     # -- layers ------------------------------------------------------------------------------------
 
@@ -302,26 +225,3 @@ class ThinComputed(ComputedLayer):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.held
-
-
-def released(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Per node, the values that nothing reads after it."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        last[node] = node
-        for operand in node.all_input_nodes:
-            last[operand] = node
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for node, at in last.items():
-        found.setdefault(at, []).append(node)
-    return found
-
-
-def _is_parameter(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)
-
-
-def terms_of(values: Sequence[Any]) -> list[Terms]:
-    """All terms of some values."""
-    leaves = tree_leaves(list(values), is_leaf=lambda v: isinstance(v, Value))
-    return [v.terms for v in leaves if isinstance(v, Value)]

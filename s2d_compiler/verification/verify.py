@@ -15,15 +15,22 @@ from torch import fx, nn
 
 from s2d_compiler.analysis.assignment import StageAssignment, assign
 from s2d_compiler.analysis.channels import analyse_channels
+from s2d_compiler.depth_plan import DepthPlan
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import PlanError, VerifyError
-from s2d_compiler.plan import Plan
+from s2d_compiler.exit_placement import ExitPlacement, place_exits
+from s2d_compiler.plans import AnyPlan
 from s2d_compiler.program import Program
 from s2d_compiler.provenance import Slice
 from s2d_compiler.structure import encode_structure
 from s2d_compiler.submodules import part_of
 from s2d_compiler.tracing import capture, evaluation_mode
 from s2d_compiler.verification.arguments import Value
+from s2d_compiler.verification.depth import (
+    DepthSpecification,
+    compare_stage_costs,
+    head_slices,
+)
 from s2d_compiler.verification.network import Network, StageRun, place
 from s2d_compiler.verification.operators import Operators
 from s2d_compiler.verification.runs import (
@@ -32,7 +39,8 @@ from s2d_compiler.verification.runs import (
     cost_of_original,
     require_nothing_hidden,
 )
-from s2d_compiler.verification.specification import Environment, Specification, terms_of
+from s2d_compiler.verification.specification import Specification
+from s2d_compiler.verification.static import Environment, terms_of
 from s2d_compiler.verification.terms import Keys
 from s2d_compiler.verification.weights import Weights, compare_weights
 from s2d_compiler.verification.words import DAMAGED
@@ -110,12 +118,14 @@ def verify_captured(
     _compare_interfaces(dyn, program)
     if not expectations or expectations[0].assignment.plan != dyn.plan:
         expectations = Expectation.all_of(program, dyn.plan)
-    _compare_owners(expectations[0].assignment, dyn)
+    assignment = expectations[0].assignment
+    _compare_owners(assignment, dyn)
     nodes = terms = 0
     for expectation in expectations:
         nodes, more = expectation.compare(dyn)
         terms += more
-    weights = compare_weights(dyn, program)
+    heads = assignment.parameters() if isinstance(assignment, ExitPlacement) else {}
+    weights = compare_weights(dyn, program, heads)
     if weights.changed and not trained:
         raise VerifyError(
             f"{len(weights.changed)} of {weights.equal + len(weights.changed)} tensors hold other "
@@ -126,6 +136,8 @@ def verify_captured(
     with evaluation_mode(dyn):
         compare_shapes(dyn, program)
         compare_costs(dyn, program, expectations[0].original)
+    if isinstance(assignment, ExitPlacement):
+        compare_stage_costs(dyn, assignment)
     return Verification(len(dyn.stages), nodes, terms, weights)
 
 
@@ -175,8 +187,15 @@ def _structure(spec: Any) -> Any:
     return None if spec is None else encode_structure(spec)
 
 
-def _compare_owners(assignment: StageAssignment, dyn: DynamicModel) -> None:
+def _compare_owners(assignment: StageAssignment | ExitPlacement, dyn: DynamicModel) -> None:
     owners = np.asarray(dyn.parts.owners, dtype=np.int64)
+    if isinstance(assignment, ExitPlacement):
+        if len(owners):
+            raise VerifyError(
+                f"the network says the stages of {len(owners)} channels, and exits along depth "
+                f"cut none; {DAMAGED}"
+            )
+        return
     if len(owners) != len(assignment.owners):
         raise VerifyError(
             f"the network says the stages of {len(owners)} channels, the model has "
@@ -201,11 +220,12 @@ class Expectation:
     It can be compared with many networks.
 
     Args:
-        assignment: The model's program, its channels, the plan and the owners.
+        assignment: The model's program, its channels, the plan and the owners; or the exits that
+            a plan puts along its depth.
         batch: Size of the batch, where the model leaves it free.
     """
 
-    def __init__(self, assignment: StageAssignment, batch: int = BATCHES[0]):
+    def __init__(self, assignment: StageAssignment | ExitPlacement, batch: int = BATCHES[0]):
         self.assignment = assignment
         self.operators = Operators(Keys())
         program = assignment.program
@@ -225,7 +245,7 @@ class Expectation:
         return cost_of_original(self.assignment.program)
 
     @classmethod
-    def all_of(cls, program: Program, plan: Plan) -> list[Expectation]:
+    def all_of(cls, program: Program, plan: AnyPlan) -> list[Expectation]:
         """What a plan makes of a captured model, for batches of several sizes.
 
         Raises:
@@ -233,7 +253,11 @@ class Expectation:
         """
         batches = BATCHES[:1] if program.batch is not None else BATCHES
         try:
-            assignment = assign(program, analyse_channels(program), plan)
+            assignment: StageAssignment | ExitPlacement
+            if isinstance(plan, DepthPlan):
+                assignment = place_exits(program, plan)
+            else:
+                assignment = assign(program, analyse_channels(program), plan)
             return [cls(assignment, batch) for batch in batches]
         except PlanError as error:
             raise VerifyError(
@@ -246,6 +270,10 @@ class Expectation:
         return next(itertools.islice(self._environments(keep=True), number, None))
 
     def _environments(self, *, keep: bool) -> Iterator[Environment]:
+        if isinstance(self.assignment, ExitPlacement):
+            exits = DepthSpecification(self.assignment, self.operators, self.inputs)
+            yield from exits.exits(keep=keep)
+            return
         specification = Specification(self.assignment, self.operators, self.inputs)
         for number in range(self.assignment.plan.stages):
             if number < self.assignment.thin_stages:
@@ -283,7 +311,8 @@ class Expectation:
         return nodes, terms
 
     def _network(self, dyn: DynamicModel) -> Network:
-        return Network(dyn, self.assignment.program, self.operators, self.inputs)
+        heads = head_slices(self.assignment) if isinstance(self.assignment, ExitPlacement) else {}
+        return Network(dyn, self.assignment.program, self.operators, self.inputs, heads)
 
     def _first_difference(
         self, dyn: DynamicModel, number: int, output: int, want: Any, mine: Any

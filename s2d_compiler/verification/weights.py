@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,20 +30,34 @@ class Weights:
     changed: tuple[str, ...]
 
 
-def compare_weights(dyn: DynamicModel, program: Program) -> Weights:
+def compare_weights(
+    dyn: DynamicModel, program: Program, heads: Mapping[str, torch.Tensor] | None = None
+) -> Weights:
     """Compare every tensor with the slice that it is said to be.
+
+    Args:
+        dyn: The network.
+        program: The original.
+        heads: By name, tensors that the original does not have, and the numbers they start with.
 
     Raises:
         VerifyError: One has another shape, or is neither parameter nor statistic and holds other
             numbers, or comes from nowhere.
     """
-    sources = originals(program)
+    sources, heads = originals(program), heads or {}
     equal, changed = 0, []
     saved = set(dyn.state_dict())
     held = [*dyn.named_parameters(remove_duplicate=False),
             *dyn.named_buffers(remove_duplicate=False)]  # fmt: skip
     for name, tensor in held:
         where = dyn.parts.provenance.get(name)
+        if where is None and name in heads:
+            if _compared(name, tensor, heads[name], "the exit's head"):
+                equal += 1
+            else:
+                _require_sound(name, tensor)
+                changed.append(name)
+            continue
         if where is None and name not in saved:
             continue  # a constant, whose numbers are part of the terms
         if where is None:
@@ -64,15 +79,13 @@ def compare_weights(dyn: DynamicModel, program: Program) -> Weights:
                 f"{name}: its slice does not lie in {where.source!r} of shape "
                 f"{tuple(original.shape)}; {DAMAGED}"
             )
-        expected = where.take(original.detach()).to(tensor.device)
-        if tuple(expected.shape) != tuple(tensor.shape):
-            raise VerifyError(
-                f"{name} has shape {tuple(tensor.shape)}, its slice of {where.source!r} "
-                f"{tuple(expected.shape)}; {DAMAGED}"
-            )
-        if tensor.dtype == expected.dtype and _is_same(tensor.detach(), expected):
+        expected = where.take(original.detach())
+        is_constant = where.source in program.buffers and (
+            where.source.rpartition(".")[2] not in _STATISTICS
+        )
+        if _compared(name, tensor, expected, f"its slice of {where.source!r}"):
             equal += 1
-        elif where.source in program.buffers and where.source.rpartition(".")[2] not in _STATISTICS:
+        elif is_constant:
             raise VerifyError(
                 f"{name}: other numbers than those of {where.source!r}, a constant, which training "
                 f"does not change; {DAMAGED}"
@@ -81,6 +94,20 @@ def compare_weights(dyn: DynamicModel, program: Program) -> Weights:
             _require_sound(name, tensor)
             changed.append(name)
     return Weights(equal, tuple(changed))
+
+
+def _compared(name: str, tensor: torch.Tensor, expected: torch.Tensor, what: str) -> bool:
+    """Whether a tensor holds the numbers that it should, of the same type.
+
+    Raises:
+        VerifyError: It has another shape.
+    """
+    if tuple(expected.shape) != tuple(tensor.shape):
+        raise VerifyError(
+            f"{name} has shape {tuple(tensor.shape)}, {what} {tuple(expected.shape)}; {DAMAGED}"
+        )
+    expected = expected.to(tensor.device)
+    return tensor.dtype == expected.dtype and _is_same(tensor.detach(), expected)
 
 
 def _require_sound(name: str, tensor: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 
-from s2d_compiler.commands.data_options import DataSource
+from s2d_compiler.commands.data_options import DataSource, read_device
 from s2d_compiler.data import Preprocessing, batches, open_data, require_fit
 from s2d_compiler.data.functions import MapStyle
 from s2d_compiler.data.loading import require_classes
@@ -155,7 +155,7 @@ CASES: dict[str, Any] = {
         network=network(),
     ),
     "fixed batch": option(
-        "--data", "2 images", "the network takes batches of 3 only", "give --limit 3",
+        "--data", "2 images", "the network takes batches of 3 only", "give at least 3 images",
         data="a.npz", network=network(batch=3),
     ),
     "size": option(
@@ -163,6 +163,10 @@ CASES: dict[str, Any] = {
     ),
     "numbers": option(
         "--mean", '"0.5;0.5"', "is no list of numbers", "with commas between them", mean="0.5;0.5"
+    ),
+    "device": Case(
+        lambda folder: read_device("gpu7"), UsageError, "--device", "'gpu7'",
+        "cannot be used here", "write cpu, or cuda",
     ),
     # CIFAR
     "cifar missing": opening(
