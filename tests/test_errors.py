@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.errors import (
+    cases_calibration,
     cases_capture,
     cases_commands,
     cases_data,
@@ -41,6 +42,7 @@ from tests.errors.sites import (
 )
 
 TABLES = (
+    cases_calibration,
     cases_plan,
     cases_capture,
     cases_passes,

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from s2d_compiler.dynamic import DynamicModel
     from s2d_compiler.runtime.timings import Timings
 
+#: Entropies of equal probabilities may lie above the largest one by rounding.
+_ROUNDING = 1 + 5e-7
+
 
 def calibrate(
     dyn: DynamicModel,
@@ -117,7 +120,8 @@ def solve_records(
         choosing = testing = np.arange(count)
     fitted = _temperatures(records, choosing) if temperature else None
     certainty = _certainty(records, measure, fitted)
-    lowest = 0.0 if LARGER_IS_CERTAIN[measure] else -1.01 * largest_value(measure, records.classes)
+    most = largest_value(measure, records.classes) * _ROUNDING
+    lowest = 0.0 if LARGER_IS_CERTAIN[measure] else -most
     chosen: Part = certainty[choosing], records.right[choosing]
     tested: Part = certainty[testing], records.right[testing]
     kept: Promise | None = None
@@ -132,7 +136,7 @@ def solve_records(
         _refuse(target, chosen, costs, unit, confidence, len(testing))
     bounds = solution.thresholds
     if not LARGER_IS_CERTAIN[measure]:
-        bounds = tuple(0.0 - value for value in bounds)
+        bounds = tuple(min(0.0 - value, most) for value in bounds)
     values = None if fitted is None else tuple(t.value for t in fitted)
     policy = Thresholds(bounds, measure, values)
     found = _described(records, target, costs, unit, measure, solution, kept, fitted, tested)
@@ -328,7 +332,7 @@ def _described(
             for stage in range(stages)
         ),
         accuracy=float(answers.mean()),
-        drop=float(right[:, -1].mean() - answers.mean()),
+        drop=(int(right[:, -1].sum()) - int(answers.sum())) / count,
         mean_cost=float(np.asarray(costs)[exits].mean()),
         nan_confidences=records.nan_confidences,
         gap=gap if math.isfinite(gap) else None,

@@ -159,16 +159,17 @@ def _path(
     solver = Solver(*chosen, costs, lowest)
     near = solver.solve(target)
     deviation = _deviation(chosen, costs, target, near) / math.sqrt(tests)
+    is_drop = isinstance(target, MaxDrop) and target.against is None
     distances = [deviation * _FARTHEST * (1 - step / (_STEPS - 1)) for step in range(_STEPS)]
     if isinstance(target, MeanBudget):
         room = target.value(costs) - costs[0]
         distances = [room, *(room / 2,) * (room / 2 > distances[0]), *distances]
-    elif target.against is None:
+    elif is_drop:
         yield from _cautious(chosen, costs, target, lowest)
     seen: set[tuple[int, ...]] = set()
     for distance in distances:
         found = solver.solve(_weaker(target, chosen, costs, distance), near)
-        if found is not None and found.cuts not in seen:
+        if found is not None and found.cuts not in seen and (any(found.cuts) or not is_drop):
             near = found
             seen.add(found.cuts)
             yield found
