@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from s2d_compiler import DynamicModel, cli, load, transform
 from s2d_compiler.benchmarking import Benchmark, benchmark
 from s2d_compiler.benchmarking.forcing import ForcedExits, spread
+from s2d_compiler.benchmarking.profiling import Breakdown, break_down, excess, kind_of
 from s2d_compiler.benchmarking.results import break_even
 from s2d_compiler.benchmarking.timer import interleaved, percentile, typical
 from s2d_compiler.commands.benchmarking import break_even_text, read_distribution
@@ -190,3 +191,19 @@ def test_the_command_without_a_compiler(
     printed = " ".join(capsys.readouterr().out.split())
     assert "left out: inductor: no C++ compiler was found" in printed
     assert "static eager nhwc" in printed
+
+
+def test_where_the_time_goes() -> None:
+    static = break_down(lambda: torch.cat([torch.ones(10), torch.ones(10)]).relu(), runs=2)
+    assert static.total == pytest.approx(sum(static.milliseconds.values()))
+    assert static.calls["concatenation"] == 1
+    for operator, kind in (
+        ("mkldnn::_convolution_pointwise", "convolution"), ("aten::addmm", "matrix product"),
+        ("aten::cat", "concatenation"), ("aten::native_batch_norm", "norm"),
+        ("aten::max_pool2d", "pooling"), ("aten::copy_", "copy"),
+        ("aten::relu", "elementwise and others"),
+    ):  # fmt: skip
+        assert kind_of(operator) == kind
+    dynamic = Breakdown({"convolution": 5.0, "concatenation": 2.0}, {})
+    found = excess(dynamic, Breakdown({"convolution": 8.0}, {}), macs=0.5)
+    assert found == [("concatenation", 2.0), ("convolution", 1.0)]

@@ -66,11 +66,13 @@ def benchmark(
     *,
     batches: Sequence[int] = (1, 16, 32),
     backends: Sequence[str] = BACKENDS,
+    static_backends: Sequence[str] | None = None,
     distribution: Sequence[float] = (),
     rounds: int = 7,
     seconds: float = 0.3,
     inputs: Callable[[int], tuple[Tensor, ...]] | None = None,
     progress: Callable[[str], object] = lambda what: None,
+    made: dict[Any, Any] | None = None,
 ) -> Benchmark:
     """Measure latency at each exit and throughput with samples leaving, against the original.
 
@@ -79,11 +81,13 @@ def benchmark(
         program: The captured original; None to leave it out.
         batches: Batch sizes; a network that takes one size only is measured at that.
         backends: Names of ``BACKENDS``; those that cannot be had are left out and named.
+        static_backends: Those to run the original on; the same ones when None.
         distribution: Share of samples leaving at each stage; equal shares when empty.
         rounds: Turns of every form.
         seconds: Length of a turn, at least one run.
         inputs: Makes flat inputs of so many samples; random numbers when None.
         progress: Called with a word on what is done next.
+        made: Keeps the forms of the original, for further networks made of it.
 
     Returns:
         The forms, the fastest first.
@@ -92,15 +96,21 @@ def benchmark(
     shares = tuple(distribution) or (1 / stages,) * stages
     sizes = list(batches) if dyn.parts.batch is None else [dyn.parts.batch]
     device = next((p.device for p in dyn.parameters()), torch.device("cpu"))
-    skipped = {b: r for b in backends if (r := why_not(b, device.type)) is not None}
-    usable = [b for b in backends if b not in skipped]
+    statics = backends if static_backends is None else static_backends
+    named = dict.fromkeys([*backends, *statics])
+    skipped = {b: r for b in named if (r := why_not(b, device.type)) is not None}
+    usable = [b for b in named if b not in skipped]
+    chosen = ([b for b in usable if b in statics], [b for b in usable if b in backends])
+    forms: dict[Any, Any] = {} if made is None else made
     found = []
     make = inputs or (lambda size: inputs_for(dyn, size))
     kept: dict[str, StagedNetwork] = {}
     with torch.no_grad():
         for size in sizes:
-            work = _Batch(dyn, program, shares, size, make(size), device, skipped, progress, kept)
-            found.append(work.measure(usable, rounds, seconds))
+            work = _Batch(
+                dyn, program, shares, size, make(size), device, skipped, progress, kept, forms
+            )
+            found.append(work.measure(*chosen, rounds, seconds))
             gc.collect()
     return Benchmark(describe_machine(device, ", ".join(usable)), shares, tuple(found), skipped)
 
@@ -116,14 +126,18 @@ class _Batch:
     skipped: dict[str, str]
     progress: Callable[[str], object]
     kept: dict[str, StagedNetwork]
+    forms: dict[Any, Any]
 
-    def measure(self, backends: Sequence[str], rounds: int, seconds: float) -> BatchResult:
+    def measure(
+        self, statics: Sequence[str], backends: Sequence[str], rounds: int, seconds: float
+    ) -> BatchResult:
         static: dict[str, Run] = {}
         dynamic: dict[str, Run] = {}
         mixed: dict[str, Run] = {}
-        for backend in backends:
+        for backend in statics:
             for name, run in self._static_runs(backend):
                 self._keep(static, f"static {name}", run)
+        for backend in backends:
             if (made := self._dynamic(backend)) is None:
                 continue
             fast, forced = made, ForcedExits(self.shares, self.size)
@@ -132,13 +146,13 @@ class _Batch:
                 self._keep(mixed, f"mixed {backend}", self._mixed_run(fast, forced))
         self.progress(f"batch {self.size}: measuring")
         turns = interleaved({**static, **dynamic, **mixed}, rounds, seconds)
-        statics = sorted(
+        originals = sorted(
             (self._static_result(name, turns[name]) for name in static), key=lambda s: s.typical
         )
-        base = statics[0].typical if statics else None
+        base = originals[0].typical if originals else None
         results = [self._dynamic_result(b, turns, base) for b in dynamic if f"mixed {b}" in mixed]
         results.sort(key=lambda r: r.mixed)
-        return BatchResult(self.size, tuple(statics), tuple(results))
+        return BatchResult(self.size, tuple(originals), tuple(results))
 
     # -- what runs ---------------------------------------------------------------------------------
 
@@ -164,10 +178,13 @@ class _Batch:
         found = []
         for layout in formats:
             self.progress(f"batch {self.size}: static {backend}")
-            module = optimize_static(
-                self.program, backend=backend, memory_format=_FORMATS[layout], batch=self.size,
-                inputs=self.inputs,
-            )  # fmt: skip
+            key = (backend, layout, self.size)
+            if key not in self.forms:
+                self.forms[key] = optimize_static(
+                    self.program, backend=backend, memory_format=_FORMATS[layout],
+                    batch=self.size, inputs=self.inputs,
+                )  # fmt: skip
+            module = self.forms[key]
             inputs = self._formatted(layout)
             name = backend if len(formats) == 1 else f"{backend} {layout}"
             found.append((name, self._plain_run(module, inputs)))
