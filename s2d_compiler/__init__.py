@@ -8,13 +8,18 @@ from s2d_compiler.errors import S2DError
 from s2d_compiler.format import load
 from s2d_compiler.inspecting import inspect_model
 from s2d_compiler.plan import Plan, Setting
+from s2d_compiler.runtime import Deadline, MacsBudget, Predictions, Thresholds
 from s2d_compiler.verification import Verification, verify
 
 __all__ = [
+    "Deadline",
     "DynamicModel",
+    "MacsBudget",
     "Plan",
+    "Predictions",
     "S2DError",
     "Setting",
+    "Thresholds",
     "Verification",
     "inspect_model",
     "load",

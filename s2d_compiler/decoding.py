@@ -23,6 +23,7 @@ from s2d_compiler.plans import plan_from_dict
 from s2d_compiler.program import is_plain_name, is_reserved
 from s2d_compiler.provenance import Positions, Slice
 from s2d_compiler.report import Report
+from s2d_compiler.runtime.settings import RunSettings
 from s2d_compiler.structure import decode_structure
 
 
@@ -71,6 +72,10 @@ def decode_network(
         _check_interface(stage, parts, number)
     dyn = DynamicModel(stages, parts)
     dyn.training = any(m.training for m in modules)
+    for container in (dyn.stages, *stages):
+        container.training = dyn.training
+    if row.number("version", 1) >= 2:
+        dyn.settings = RunSettings.from_dict(row.inner("settings"))
     _check_provenance(dyn)
     return dyn
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,15 @@ from s2d_compiler.errors import InputShapeError, UsageError
 from s2d_compiler.plans import AnyPlan
 from s2d_compiler.provenance import Slice
 from s2d_compiler.report import Report
+from s2d_compiler.runtime.measures import Function
+from s2d_compiler.runtime.policies import Policy
+from s2d_compiler.runtime.predictions import Predictions
+from s2d_compiler.runtime.settings import RunSettings
 
 if TYPE_CHECKING:
+    from s2d_compiler.optimizing import OptimizedModel
     from s2d_compiler.prefix import StagePrefix
+    from s2d_compiler.runtime.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +125,15 @@ class DynamicParts:
                 f"network takes batches of {self.batch} only; hand in that many."
             )
 
+    def read_after(self, number: int) -> set[tuple[int, int]]:
+        """Features that stages after this one (an index) read: stage and position."""
+        return {
+            (where[1], where[2])
+            for interface in self.interfaces[number + 1 :]
+            for where in interface.inputs
+            if where[0] == "feature"
+        }
+
     def structured(self, leaves: tuple[Any, ...]) -> Any:
         """Flat outputs in the original's structure."""
         spec = self.output_spec
@@ -137,42 +152,33 @@ class _Star:
         return "*"
 
 
-class DynamicModel(nn.Module):
-    """A network of several stages, each with an exit.
+class StagedNetwork(nn.Module):
+    """Stages with exits, and how to run them.
 
     Calling it runs every stage and returns a tuple with one output per stage, each of the
-    original's structure. ``stages`` is a ``nn.ModuleList`` of ``torch.fx.GraphModule``; each
-    returns ``(outputs, features)``: its exit's flat outputs and what later stages read.
+    original's structure. ``stages`` is a ``nn.ModuleList``; each stage returns
+    ``(outputs, features)``: its exit's flat outputs and what later stages read.
 
     Args:
-        stages: The stage subgraphs.
-        parts: Everything else.
+        stages: The stages.
+        parts: What else there is to know of them.
+
+    Attributes:
+        settings: How it is to be run: policy, preprocessing, recorded times. Replaced as a whole,
+            such as by ``dataclasses.replace(dyn.settings, policy=...)``.
     """
 
-    def __init__(self, stages: list[fx.GraphModule], parts: DynamicParts):
+    def __init__(self, stages: Sequence[nn.Module], parts: DynamicParts):
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.parts = parts
-
-    @property
-    def plan(self) -> AnyPlan:
-        """The plan that made it."""
-        return self.parts.plan
+        self.settings = RunSettings()
+        self._engine: Engine | None = None
 
     @property
     def cost(self) -> Cost:
         """MACs and parameters per stage."""
         return self.parts.cost
-
-    @property
-    def report(self) -> Report | DepthReport:
-        """What was cut, left whole, coupled, unknown, and why; or where exits stand."""
-        return self.parts.report
-
-    @property
-    def provenance(self) -> Mapping[str, Slice]:
-        """State-dict key -> where the tensor came from in the original."""
-        return MappingProxyType(dict(self.parts.provenance))
 
     def forward(self, *inputs: Any, **keywords: Any) -> tuple[Any, ...]:
         """Run all stages.
@@ -213,9 +219,102 @@ class DynamicModel(nn.Module):
             leaves, handed = stage(*arguments)
             del arguments
             features.update({(number, k): value for k, value in enumerate(handed)})
-            needed = self.read_after(number)
+            needed = self.parts.read_after(number)
             features = {k: value for k, value in features.items() if k in needed}
             yield self.parts.structured(leaves)
+
+    def predict(
+        self,
+        inputs: Any,
+        policy: Policy | None = None,
+        *,
+        keywords: Mapping[str, Any] | None = None,
+    ) -> Predictions:
+        """Answer a batch: each sample leaves where the policy says, and only the rest goes on.
+
+        A batch gives what its samples alone would give. Networks whose samples depend on each
+        other run sample by sample; networks that take one batch size only run later stages for
+        the whole batch as long as one sample needs them. No gradients are kept.
+
+        Args:
+            inputs: What the network takes, such as (N, C, H, W) images; a tuple of its inputs
+                where there are several. N may be 0.
+            policy: When to leave; the stored one (``settings.policy``) when None.
+            keywords: Inputs that the network takes by keyword.
+
+        Raises:
+            PolicyError: There is no policy, or it does not fit the network.
+            InputShapeError: The inputs are not of the shape the network was compiled for.
+            UsageError: The network is in training mode.
+        """
+        return self.engine.predict(inputs, policy, keywords or {})
+
+    def anytime(
+        self,
+        inputs: Any,
+        *,
+        measure: str | Function = "confidence",
+        keywords: Mapping[str, Any] | None = None,
+    ) -> Iterator[Predictions]:
+        """One answer per stage, better ones later: stop when you like.
+
+        A stage runs when its answer is asked for.
+
+        Args:
+            inputs: As ``predict`` takes them.
+            measure: What ``confidence`` is to be.
+            keywords: Inputs that the network takes by keyword.
+
+        Yields:
+            The answers of each stage for all samples.
+
+        Raises:
+            PolicyError: There is no such measure.
+            InputShapeError: The inputs are not of the shape the network was compiled for.
+            UsageError: The network is in training mode.
+        """
+        return self.engine.anytime(inputs, measure, keywords or {})
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the stages with early exits, and knows where samples lie in features."""
+        from s2d_compiler.runtime.engine import Engine
+
+        if self._engine is None or self._engine.network() is not self:
+            self._engine = Engine(self)
+        return self._engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_engine": None}
+
+
+class DynamicModel(StagedNetwork):
+    """A network of several stages, each with an exit, as a transform makes it.
+
+    ``stages`` is a ``nn.ModuleList`` of ``torch.fx.GraphModule``.
+
+    Args:
+        stages: The stage subgraphs.
+        parts: Everything else.
+    """
+
+    def __init__(self, stages: list[fx.GraphModule], parts: DynamicParts):
+        super().__init__(stages, parts)
+
+    @property
+    def plan(self) -> AnyPlan:
+        """The plan that made it."""
+        return self.parts.plan
+
+    @property
+    def report(self) -> Report | DepthReport:
+        """What was cut, left whole, coupled, unknown, and why; or where exits stand."""
+        return self.parts.report
+
+    @property
+    def provenance(self) -> Mapping[str, Slice]:
+        """State-dict key -> where the tensor came from in the original."""
+        return MappingProxyType(dict(self.parts.provenance))
 
     def at_stage(self, stage: int) -> StagePrefix:
         """One exit as a module of its own, to be used where the original was.
@@ -239,14 +338,38 @@ class DynamicModel(nn.Module):
         stages = [s for s in self.stages if isinstance(s, fx.GraphModule)]
         return StagePrefix(stages, self.parts, stage)
 
-    def read_after(self, number: int) -> set[tuple[int, int]]:
-        """Features that stages after this one read."""
-        return {
-            (where[1], where[2])
-            for interface in self.parts.interfaces[number + 1 :]
-            for where in interface.inputs
-            if where[0] == "feature"
-        }
+    def optimized(
+        self,
+        *,
+        backend: str = "auto",
+        memory_format: str = "auto",
+        reads: str = "auto",
+        batch: int = 1,
+        examples: Sequence[torch.Tensor] | None = None,
+    ) -> OptimizedModel:
+        """A form that only runs, and runs fast: the same answers but for rounding.
+
+        Batch norms are folded, concatenations shared or replaced by sums, dropout taken out. It
+        has copies of the weights; this network is left as it is.
+
+        Args:
+            backend: ``"eager"``; ``"onednn"``, fused convolutions of packed weights (CPU,
+                float32); ``"inductor"``, torch's compiler, which takes minutes; ``"auto"``,
+                oneDNN where it can be had.
+            memory_format: ``"channels_last"``, ``"contiguous"``, or ``"auto"``: channels-last for
+                convolutional networks.
+            reads: How layers read the parts of several stages: by ``"sum"`` of one layer per part,
+                by ``"concatenate"``, or ``"auto"``, whichever should be faster for ``batch``.
+            batch: Samples that will mostly come at once; any number runs.
+            examples: Example inputs, where they are not of the weights' type.
+
+        Raises:
+            UsageError: There is no such backend, here or at all, or no such option.
+        """
+        from s2d_compiler.optimizing import optimize
+
+        return optimize(self, backend=backend, memory_format=memory_format, reads=reads,
+                        batch=batch, examples=examples)  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``dyn.pt``: data without code; see ``s2d_compiler.format``.

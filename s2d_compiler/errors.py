@@ -123,6 +123,36 @@ class VerifyError(S2DError):
     """
 
 
+class PolicyError(S2DError):
+    """A policy does not fit the network, or is none: thresholds, budgets, deadlines.
+
+    Example:
+        thresholds: 1 for a network of 3 stages; give one per stage but the last (2).
+
+    What to do:
+        Give what the message asks for. ``s2d calibrate`` finds thresholds, ``s2d bench --record``
+        the times that a deadline needs.
+    """
+
+
+class CalibrationError(S2DError):
+    """Thresholds cannot be found or promised, or records cannot be used.
+
+    The target cannot be met by any thresholds, there are too few samples for the promise that is
+    asked for, a budget is below what stage 1 costs, or a file of records is damaged or of another
+    network.
+
+    Example:
+        300 samples are too few to promise this (least cost at an accuracy at most 0.5% below the
+        last stage) with a confidence of 95%: it takes 922 at the least, and more where stages
+        disagree; give more samples, a weaker target, or no --confidence.
+
+    What to do:
+        Change the target as the message says, give more samples, or record again.
+        ``docs/calibration.md`` lists the targets, and what a promise takes.
+    """
+
+
 class FormatError(S2DError):
     """A ``dyn.pt`` file is damaged, of a newer format, or is no such file.
 
@@ -130,12 +160,24 @@ class FormatError(S2DError):
     damaged file is refused with the place in it.
 
     Example:
-        dyn.pt: its format has version 2, and this package reads versions up to 1; upgrade
+        dyn.pt: its format has version 3, and this package reads versions up to 2; upgrade
         s2d-compiler.
 
     What to do:
         Compile the model again, or upgrade the package if the file is newer. Allow operators and
         classes that you trust by name: ``load(path, operators=[...], types=[...])``.
+    """
+
+
+class DataError(S2DError):
+    """Labelled images cannot be read, or do not fit the network.
+
+    Example:
+        a.npz: it holds x, y, and images is missing; store it under that name
+
+    What to do:
+        Put the data where the message says; none are downloaded. ``docs/data.md`` lists the forms
+        that are read, and what preprocessing makes of them.
     """
 
 

@@ -8,7 +8,8 @@ One ``torch.save`` of plain containers and tensors, read with torch's weights-on
 - ``tensors``: every tensor once, with whether it is a parameter;
 - ``provenance``: where each came from; ``owners``: the stage of every atom;
 - ``input_spec``, ``output_spec``: the structure of inputs and outputs;
-- ``plan``, ``cost``, ``report``, ``interfaces``, ``made_by``...: plain data.
+- ``plan``, ``cost``, ``report``, ``interfaces``, ``made_by``...: plain data;
+- ``settings``: how it is to be run, such as its thresholds (since version 2).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ log = logging.getLogger(__name__)
 
 #: The version of what ``save`` writes. ``load`` reads this one and all before it: a change of what
 #: is written raises it, and ``tests/formats`` gets a file of the new one.
-VERSION = 1
+VERSION = 2
 
 
 # -- writing -------------------------------------------------------------------------------------
@@ -116,6 +117,7 @@ def to_data(dyn: DynamicModel) -> dict[str, Any]:
         "batch": parts.batch,
         "output_spec": None if parts.output_spec is None else encode_structure(parts.output_spec),
         "input_spec": None if parts.input_spec is None else encode_structure(parts.input_spec),
+        "settings": dyn.settings.to_dict(),
         "provenance": _encode_provenance(parts.provenance),
         "stages": stages,
         "modules": tables.modules,

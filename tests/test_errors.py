@@ -14,15 +14,20 @@ from pathlib import Path
 import pytest
 
 from tests.errors import (
+    cases_calibration,
     cases_capture,
     cases_commands,
+    cases_data,
     cases_depth,
+    cases_evaluation,
     cases_format,
     cases_graphs,
+    cases_optimized,
     cases_passes,
     cases_pickles,
     cases_plan,
     cases_reading,
+    cases_runtime,
     cases_verify,
 )
 from tests.errors.case import Case
@@ -37,6 +42,7 @@ from tests.errors.sites import (
 )
 
 TABLES = (
+    cases_calibration,
     cases_plan,
     cases_capture,
     cases_passes,
@@ -44,9 +50,13 @@ TABLES = (
     cases_graphs,
     cases_pickles,
     cases_reading,
+    cases_runtime,
     cases_commands,
+    cases_data,
+    cases_evaluation,
     cases_verify,
     cases_depth,
+    cases_optimized,
 )
 CASES: dict[str, Case] = {
     f"{table.__name__.rpartition('_')[2]}: {name}": case
@@ -117,6 +127,7 @@ def six():
 INTERNAL = {
     "AssertionError", "KeyboardInterrupt", "NoPlaceError", "NoRule", "NotImplementedError",
     "NotSliceable", "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError",
+    "_DependentError",
 }  # fmt: skip
 
 

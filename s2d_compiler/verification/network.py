@@ -108,7 +108,7 @@ class Network:
                 ) from error
         self.features.update({(number, k): value for k, value in enumerate(handed)})
         self.handed.update((number, k) for k in range(len(handed)))
-        later = self.dyn.read_after(number)
+        later = self.dyn.parts.read_after(number)
         self.features = {k: value for k, value in self.features.items() if k in later}
         return StageRun(values, tuple(leaves), tuple(handed), nodes, terms)
 

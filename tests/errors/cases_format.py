@@ -176,10 +176,10 @@ CASES = {
         "compile the model again",
     ),
     "newer": attention(
-        put("version", 2),
-        "its format has version 2",
-        "2",
-        "this package reads versions up to 1",
+        put("version", 3),
+        "its format has version 3",
+        "3",
+        "this package reads versions up to 2",
         "upgrade s2d-compiler",
     ),
     "a defect": said(

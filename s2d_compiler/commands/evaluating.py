@@ -1,0 +1,146 @@
+"""``s2d eval``: exits and accuracy of a staged network on labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from s2d_compiler.commands.data_options import DATA, DataSource, Samples, read_device
+from s2d_compiler.commands.options import REPORTING, SOURCE, ModelSource, Reporting, Result
+from s2d_compiler.commands.policy_options import read_policy
+from s2d_compiler.commands.progress import progress
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from torch import Tensor, nn
+
+    from s2d_compiler.evaluation import Evaluation
+
+
+def evaluate_network(
+    dyn: Path,
+    /,
+    *,
+    data: DataSource = DATA,
+    policy: str = "stored",
+    plot: Annotated[Path | None, Parameter(show_default=False)] = None,
+    static: Annotated[Path | None, Parameter(show_default=False)] = None,
+    source: ModelSource = SOURCE,
+    device: str = "cpu",
+    reporting: Reporting = REPORTING,
+) -> Result:
+    """Measure which exits samples take, how accurate each is, and what they cost.
+
+    Args:
+        dyn: The compiled network, dyn.pt.
+        policy: When samples leave: stored (with the network), none, thresholds such as 0.9,0.8
+            or entropy:0.2,0.4 (never: nobody leaves), macs:N, batch-macs:N or ms:N.
+        plot: Draw accuracy against MACs over all thresholds into this file (.png, .svg, .pdf).
+        static: The original network, to compare with; --arch and its like are about it.
+        device: Where to run, such as cpu or cuda.
+    """
+    from s2d_compiler.data.loading import require_classes
+    from s2d_compiler.evaluation import evaluate
+    from s2d_compiler.format import load
+    from s2d_compiler.plots import check_plot
+
+    if plot is not None:
+        check_plot(plot)
+    network = load(dyn, read_device(device)).eval()
+    chosen = read_policy(policy, network.settings.policy)
+    samples = data.samples(network)
+    batches = _shown(samples, device, f"evaluating {dyn.name}", reporting)
+    found = evaluate(network, batches, chosen, partial(require_classes, samples.data))
+    accuracy = None
+    if static is not None:
+        batches = _shown(samples, device, f"evaluating {static.name}", reporting)
+        accuracy = _accuracy(source.read(static).eval().to(device), batches)
+    document: dict[str, Any] = {
+        "data": samples.data.name,
+        "preprocessing": samples.preprocessing.to_dict(),
+        **found.to_dict(),
+        "static_accuracy": accuracy,
+    }
+    text: list[RenderableType] = [_table(found), *_lines(found, accuracy)]
+    if plot is not None:
+        from s2d_compiler.evaluation.drawing import draw_trade_off
+
+        draw_trade_off(found, plot, f"{dyn.name} on {_short(samples)}", accuracy)
+        document["plot"] = str(plot)
+        text.append(f"plot: {plot}")
+    return Result(document, text)
+
+
+def _shown(
+    samples: Samples, device: str, text: str, reporting: Reporting
+) -> Iterator[tuple[Tensor, Tensor]]:
+    count = -(-len(samples) // samples.batch_size)
+    return progress(samples.batches(device), count, text, reporting)
+
+
+def _short(samples: Samples) -> str:
+    name = samples.data.name
+    return name if len(name) <= 50 else f"…{name[-49:]}"
+
+
+def _accuracy(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
+    """Share of the samples that the original has right."""
+    import torch
+
+    from s2d_compiler.evaluation.evaluating import require_logits, right_of
+
+    right = total = 0
+    with torch.no_grad():
+        for inputs, labels in batches:
+            right += int(right_of(require_logits(model(inputs), len(labels)), labels).sum())
+            total += len(labels)
+    return right / total
+
+
+def _table(found: Evaluation) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("stage")
+    for title in ("leave here", "right of these", "right of all", "MACs so far", "of the original"):
+        table.add_column(title, justify="right", overflow="fold")
+    for number, stage in enumerate(found.stages, start=1):
+        leave = "-" if stage.leaving is None else f"{stage.leaving / found.samples:.2%}"
+        share = stage.accuracy_leaving
+        table.add_row(
+            str(number),
+            leave,
+            "-" if share is None else f"{share:.2%}",
+            f"{stage.accuracy:.2%}",
+            f"{stage.macs:,}",
+            f"{stage.macs / found.original_macs:.0%}" if found.original_macs else "-",
+        )
+    return table
+
+
+def _lines(found: Evaluation, static_accuracy: float | None) -> Iterator[str]:
+    from s2d_compiler.evaluation.drawing import policy_text
+    from s2d_compiler.evaluation.evaluating import interval
+
+    if found.policy is None or found.accuracy is None or found.macs is None:
+        yield (
+            "no policy is stored or given (--policy): the exits by themselves, on "
+            f"{found.samples:,} samples"
+        )
+    else:
+        low, high = interval(found.accuracy, found.samples)
+        share = f" ({found.macs / found.original_macs:.1%} of the original)"
+        yield (
+            f"{policy_text(found.policy)}: {found.accuracy:.2%} right of {found.samples:,} samples "
+            f"(95% interval {low:.2%} to {high:.2%}), {found.macs:,.0f} MACs per sample"
+            f"{share if found.original_macs else ''}"
+        )
+        if found.nan_confidences:
+            yield f"{found.nan_confidences:,} times an exit's measure was NaN; nobody left there"
+    if static_accuracy is not None:
+        yield f"the original: {static_accuracy:.2%} right, {found.original_macs:,} MACs per sample"
