@@ -94,7 +94,7 @@ def compiled() -> list[tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]]:
     return found
 
 
-DEPTH: dict[str, Any] = {"exits": ["2", 0.6], "head": ["branchynet", "linear"], "width": 4}
+DEPTH: dict[str, Any] = {"exits": ["1", 0.95], "head": ["branchynet", "linear"], "width": 4}
 PLAN: dict[str, Any] = {
     "stages": 3,
     "groups": 8,

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from passes.cost import CountCost
+from passes.depth_exits import AddDepthExits
+from passes.extract import ExtractStages
 from s2d_compiler import DynamicModel, load, transform, verify
 from s2d_compiler.analysis.cost import cost_of
 from s2d_compiler.compiler import compile_program
@@ -29,9 +32,11 @@ from s2d_compiler.depth_report import DepthReport
 from s2d_compiler.errors import PlanError, VerifyError
 from s2d_compiler.exit_placement import ExitPlacement, place_exits
 from s2d_compiler.program import Program
+from s2d_compiler.staging import staged_graph_of
 from s2d_compiler.tracing import capture
 from s2d_compiler.verification.verify import verify_captured
 from tests.networks import Drawn, networks, settle
+from tests.test_passes import NETWORKS, text_of
 
 timm, torchvision = pytest.importorskip("timm"), pytest.importorskip("torchvision")
 
@@ -407,6 +412,35 @@ def test_a_fixed_batch_and_samples_in_the_second_dimension() -> None:
         value = seen(model, "first", x).transpose(0, 1)
         state = {k: v.detach() for k, v in dyn.state_dict().items()}
         assert torch.allclose(dyn(x)[0], headed(value, 2, head, state, 0), atol=1e-12)
+
+
+def test_sizes_of_the_batch_do_not_keep_the_input() -> None:
+    """What a stage hands on is what its place holds, though views in later stages take the batch
+    size from the network's input."""
+    model = timm_model("vit_tiny_patch16_224", img_size=32, depth=2)().eval()
+    dyn, _ = made(model, DepthPlan(("blocks.0",), "branchynet", 4), torch.randn(2, 3, 32, 32))
+    assert [interface.inputs for interface in dyn.parts.interfaces] == [
+        (("input", 0),),
+        (("feature", 0, 0),),
+    ]
+    for count in (1, 5, 0):
+        assert [len(o) for o in dyn(torch.randn(count, 3, 32, 32))] == [count] * 2
+
+
+# -- texts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["exits", "stages"])
+def test_text_of_the_residual_network(step: str, golden: Golden) -> None:
+    """The staged graph with its heads, and the stages that are extracted from it."""
+    torch.manual_seed(0)
+    program = capture(NETWORKS["residual"]().eval(), None, (3, 6, 6))
+    placement = place_exits(program, DepthPlan(("bn1", "conv2"), ("branchynet", "linear")))
+    graph = AddDepthExits(placement).run(staged_graph_of(program)).graph_module
+    if step == "stages":
+        graph = ExtractStages().run(graph).graph_module
+        graph = CountCost(program).run(graph).graph_module
+    golden(f"residual-depth-{step}", text_of(graph))
 
 
 # -- weights ---------------------------------------------------------------------------------------
