@@ -405,6 +405,7 @@ def test_what_the_command_refuses(folder: Path, capsys: pytest.CaptureFixture[st
         ("--data a.npz --policy macs:3", "below what stage 1 costs"),
         ("--data a.npz --policy ms:3", "no times are recorded"),
         ("--data a.npz --device gpu7", "'gpu7' cannot be used here"),
+        ("--data a.npz --input-shape 3x9x9", "3x9x9 is not what dyn.pt takes, 3x8x8"),
         ("", "--data: nothing is named"),
     ):
         assert cli.main(["eval", "dyn.pt", *words.split()]) == 2, words

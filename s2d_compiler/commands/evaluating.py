@@ -52,6 +52,7 @@ def evaluate_network(
     if plot is not None:
         check_plot(plot)
     network = load(dyn, read_device(device)).eval()
+    source.require_shape_of(dyn, network.parts.input_shapes)
     chosen = read_policy(policy, network.settings.policy)
     samples = data.samples(network)
     batches = _shown(samples, device, f"evaluating {dyn.name}", reporting)
