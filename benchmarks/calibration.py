@@ -120,16 +120,17 @@ def promises(*, draws: int = 1000, digits: bool = True) -> None:
         "promised | fitted on as many |"
     )
     print("|---|---:|---|---:|---:|---:|---:|---:|")
-    population = simulated(100_000, 3, 77)
-    for samples in (2000, 10_000):
-        for text in ("drop=1%", "macs=45%", "drop=1%,against=94%"):
-            _count("simulated", population, COSTS[3], samples, text, draws)
     if digits:
         exits, costs = digit_exits()
         for text in ("drop=2%", "macs=25%"):
             _count("digits", exits, costs, 600, text, draws)
         for text in ("drop=2%", "macs=25%"):
-            _count("digits, others", exits, costs, 600, text, draws, replace=False)
+            _count("digits, parted", exits, costs, 600, text, draws, replace=False)
+    population = simulated(100_000, 3, 77)
+    for text in ("drop=1%", "macs=45%", "drop=1%,against=94%"):
+        _count("simulated", population, COSTS[3], 2000, text, draws)
+    for text in ("drop=1%", "macs=45%"):
+        _count("simulated", population, COSTS[3], 10_000, text, draws)
 
 
 def _count(

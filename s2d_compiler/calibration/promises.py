@@ -40,8 +40,8 @@ from s2d_compiler.errors import CalibrationError
 CHOOSING = 0.35
 #: Thresholds on the path.
 _STEPS = 24
-#: Quarters of those who could leave without loss that the steps before them let leave.
-_CAUTIOUS = (1, 2, 3, 4)
+#: Shares of a drop that losses alone may use up in the steps before them.
+_LOSSES = (0.2, 0.4, 0.6, 0.8)
 #: How many standard deviations the first one keeps away from the target.
 _FARTHEST = 5
 
@@ -156,6 +156,18 @@ def _path(
 
     The first is so far below it, in standard deviations of what is tested, that it should pass.
     """
+    best: Solution | None = None
+    for found in _steps(chosen, tests, costs, target, lowest):
+        if best is None or (
+            found.right > best.right if isinstance(target, MeanBudget) else found.cost < best.cost
+        ):  # nothing is gained by testing what is no better
+            best = found
+            yield found
+
+
+def _steps(
+    chosen: Part, tests: int, costs: tuple[float, ...], target: MaxDrop | MeanBudget, lowest: float
+) -> Iterator[Solution]:
     solver = Solver(*chosen, costs, lowest)
     near = solver.solve(target)
     deviation = _deviation(chosen, costs, target, near) / math.sqrt(tests)
@@ -163,31 +175,33 @@ def _path(
     distances = [deviation * _FARTHEST * (1 - step / (_STEPS - 1)) for step in range(_STEPS)]
     if isinstance(target, MeanBudget):
         room = target.value(costs) - costs[0]
-        distances = [room, *(room / 2,) * (room / 2 > distances[0]), *distances]
+        distances = [d for d in (room, room / 2) if d > distances[0]] + distances
     elif is_drop:
         yield from _cautious(chosen, costs, target, lowest)
-    seen: set[tuple[int, ...]] = set()
     for distance in distances:
         found = solver.solve(_weaker(target, chosen, costs, distance), near)
-        if found is not None and found.cuts not in seen and (any(found.cuts) or not is_drop):
+        if found is not None and (any(found.cuts) or not is_drop):
             near = found
-            seen.add(found.cuts)
             yield found
 
 
 def _cautious(
     chosen: Part, costs: tuple[float, ...], target: MaxDrop, lowest: float
 ) -> Iterator[Solution]:
-    """The first steps for a drop: no sample loses, whatever others win, and fewer leave."""
+    """The first steps for a drop: no sample loses, or few do, whatever others win."""
     certainty, right = chosen
     solver = Solver(certainty, right | ~right[:, -1:], costs, lowest)
     found = solver.solve(MaxDrop(0.0))
     if found is None:
         return
-    for parts in _CAUTIOUS:
-        cuts = tuple(cut * parts // 4 for cut in found.cuts)
+    for quarters in (1, 2, 3, 4):
+        cuts = tuple(cut * quarters // 4 for cut in found.cuts)
         if any(cuts):
             yield solver.at(cuts)
+    for share in _LOSSES:
+        found = solver.solve(MaxDrop(target.drop * share), found)
+        if found is not None and any(found.cuts):
+            yield found
 
 
 def _deviation(

@@ -29,6 +29,8 @@ Score = Callable[[Any, Any], Any]
 #: Points of one grid.
 _POINTS = {1: 20_000, 2: 12_000}
 _MANY_POINTS = 40_000
+#: With more early stages no grid is fine enough to be of use.
+_MOST_STAGES = 5
 #: Boxes whose cells that are left fill less than this share of them are taken apart.
 _FILL = 0.25
 #: Smaller boxes are left together.
@@ -67,6 +69,8 @@ def best_cuts(instance: Instance, score: Score, *, effort: int, tolerance: float
         return Found(None if value == -np.inf else (), value, value, 0)
     if len(instance.levels) <= 2:
         return _branch_and_bound(instance, score, effort, tolerance, None)
+    if len(instance.levels) > _MOST_STAGES:
+        return _from_plain_starts(instance, score, effort, tolerance)
     start = _improved_starts(instance, score, effort, tolerance)
     found = _branch_and_bound(instance, score, max(effort // 8, 2), tolerance, start)
     if found.cuts is None or (start.cuts == found.cuts):
@@ -216,6 +220,22 @@ def _improved_starts(instance: Instance, score: Score, effort: int, tolerance: f
     return best
 
 
+def _from_plain_starts(instance: Instance, score: Score, effort: int, tolerance: float) -> Found:
+    """The best of some simple choices: equal shares everywhere, or all at one stage."""
+    levels = instance.levels
+    starts = [tuple(count * part // 4 for count in levels) for part in range(5)]
+    for stage in range(len(levels)):
+        starts.append(tuple(count if t == stage else 0 for t, count in enumerate(levels)))
+    best = Found(None, -np.inf, np.inf, 0)
+    for cuts in starts:
+        found = _improved(instance, score, cuts, effort, tolerance, together=1)
+        if found.score > best.score:
+            best = found
+    if best.cuts is None:
+        return best
+    return _improved(instance, score, best.cuts, effort, tolerance)
+
+
 def _apart(values: Floats, wanted: int) -> list[tuple[int, ...]]:
     """Good points of a grid that are no neighbours."""
     order = np.argsort(values, axis=None)[::-1][:2000]
@@ -230,13 +250,21 @@ def _apart(values: Floats, wanted: int) -> list[tuple[int, ...]]:
 
 
 def _improved(
-    instance: Instance, score: Score, cuts: Sequence[int], effort: int, tolerance: float
+    instance: Instance,
+    score: Score,
+    cuts: Sequence[int],
+    effort: int,
+    tolerance: float,
+    *,
+    together: int = 2,
 ) -> Found:
     """Improve cuts along every stage, then every pair of stages, until none gives more."""
     best = list(cuts)
     value = float(score(*instance.totals(best)))
     dims = len(best)
-    steps = [*((t,) for t in range(dims)), *itertools.combinations(range(dims), 2)]
+    steps = [
+        free for many in range(together) for free in itertools.combinations(range(dims), many + 1)
+    ]
     since = 0
     for free in itertools.islice(itertools.cycle(steps), 6 * len(steps)):
         if since == len(steps):

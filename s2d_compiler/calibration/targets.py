@@ -184,7 +184,7 @@ def wants_milliseconds(target: Target) -> bool:
 
 
 def _require(value: Any, what: str, least: float, most: float, rule: str) -> None:
-    if type(value) not in (int, float) or not least <= value <= most:
+    if not isinstance(value, int | float) or value is True or not least <= value <= most:
         raise CalibrationError(f"target: {what} is {value!r}, and must be {rule}; change it.")
 
 
