@@ -379,6 +379,14 @@ def test_thresholds_are_stored_with_the_network_itself(
     assert dyn.settings.policy is not None
     assert all(torch.equal(value, before[name]) for name, value in dyn.state_dict().items())
     capsys.readouterr()
+    assert main(["show", "dyn.pt"]) == 0
+    said = capsys.readouterr().out
+    assert "policy: confidence ≥ " in said
+    assert "calibrated: best accuracy at a mean of 80% of the last stage" in said
+    assert "fitted, not promised; " in said
+    assert main(["show", "dyn.pt", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["settings"]
+    assert shown == json.loads(json.dumps(dyn.settings.to_dict()))
     for other, what in ("data.npz", "the data"), ("r.npz", "the records"):
         assert main([*given, "--records", "r.npz", "-o", other]) == 2
         assert f"{other} is {what} itself" in capsys.readouterr().err

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from s2d_compiler.analysis.cost import Cost
+    from s2d_compiler.runtime.settings import RunSettings
 
 
 def show(
@@ -27,7 +28,7 @@ def show(
     report: bool = False,
     reporting: Reporting = REPORTING,
 ) -> Result:
-    """Show a compiled network: cost per stage, plan and origin.
+    """Show a compiled network: cost per stage, plan, stored policy and origin.
 
     Args:
         dyn: The compiled network, dyn.pt.
@@ -43,6 +44,8 @@ def show(
         raise UsageError(f"--graph: {graph} is no stage; {dyn} has stages 1 to {count}, give one")
     document = document_of(staged)
     text: list[RenderableType] = [staged.cost.table(), f"plan: {staged.plan}"]
+    document["settings"] = staged.settings.to_dict()
+    text.append("\n".join(_settings_lines(staged.settings)))
     text.append("\n".join(_made_by_lines(staged.parts.made_by)))
     if layers:
         text.append(_layer_table(staged.cost))
@@ -53,6 +56,26 @@ def show(
         document["graph"] = code
         text.append(code)
     return Result(document, text)
+
+
+def _settings_lines(settings: RunSettings) -> Iterator[str]:
+    """What is stored for running it."""
+    from s2d_compiler.evaluation.drawing import policy_text
+
+    if settings.policy is None:
+        yield "policy: none stored; s2d calibrate finds one"
+    else:
+        yield f"policy: {policy_text(settings.policy)}"
+    if settings.calibration is not None:
+        found = settings.calibration
+        promise = found.get("confidence")
+        kept = "fitted, not promised" if promise is None else f"promised with {promise}"
+        yield f"calibrated: {found.get('target')}; {kept}; {found.get('samples')} samples"
+    if settings.preprocessing is not None:
+        steps = settings.preprocessing.to_dict().items()
+        yield f"preprocessing: {', '.join(f'{k} {v}' for k, v in steps if v is not None)}"
+    if settings.timings is not None:
+        yield f"times recorded at batch sizes {', '.join(map(str, settings.timings.batch_sizes))}"
 
 
 def _made_by_lines(made_by: Mapping[str, Any]) -> Iterator[str]:
