@@ -387,6 +387,14 @@ def test_thresholds_are_stored_with_the_network_itself(
     assert main(["show", "dyn.pt", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)["settings"]
     assert shown == json.loads(json.dumps(dyn.settings.to_dict()))
+    told = ["eval", "dyn.pt", "--data", "data.npz"]
+    assert main(told) == 0
+    assert "calibrate again" not in capsys.readouterr().err
+    with torch.no_grad():
+        next(dyn.parameters()).mul_(1.01)
+    dyn.save("dyn.pt")
+    assert main(told) == 0
+    assert "dyn.pt: its weights are not those that" in capsys.readouterr().err
     for other, what in ("data.npz", "the data"), ("r.npz", "the records"):
         assert main([*given, "--records", "r.npz", "-o", other]) == 2
         assert f"{other} is {what} itself" in capsys.readouterr().err

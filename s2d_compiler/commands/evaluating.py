@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor, nn
 
+    from s2d_compiler.dynamic import DynamicModel
     from s2d_compiler.evaluation import Evaluation
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_network(
@@ -54,6 +58,8 @@ def evaluate_network(
     network = load(dyn, read_device(device)).eval()
     source.require_shape_of(dyn, network.parts.input_shapes)
     chosen = read_policy(policy, network.settings.policy)
+    if policy == "stored":
+        _warn_of_old_calibration(dyn, network)
     samples = data.samples(network)
     batches = _shown(samples, device, f"evaluating {dyn.name}", reporting)
     found = evaluate(network, batches, chosen, partial(require_classes, samples.data))
@@ -75,6 +81,19 @@ def evaluate_network(
         document["plot"] = str(plot)
         text.append(f"plot: {plot}")
     return Result(document, text)
+
+
+def _warn_of_old_calibration(dyn: Path, network: DynamicModel) -> None:
+    """What calibration found and promised is of the weights that it saw."""
+    from s2d_compiler.calibration.records import fingerprint
+
+    found = network.settings.calibration
+    if found is not None and found.get("network") not in (None, fingerprint(network)):
+        log.warning(
+            "%s: its weights are not those that its thresholds were calibrated with, and what was "
+            "promised does not hold for them; calibrate again (s2d calibrate)",
+            dyn,
+        )
 
 
 def _shown(
