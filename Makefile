@@ -65,13 +65,17 @@ faults: $(STAMP) ## Interruptions at every line of the writing and at hundreds o
 	S2D_FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) \
 		tests/test_faults.py tests/test_interruptions.py tests/test_determinism.py
 
-demo: $(STAMP) ## Train, compile, fine-tune and measure a small network, in about two minutes
+demo: $(STAMP) ## Train, compile, fine-tune, calibrate and evaluate a small network, in about two minutes
 	@mkdir -p $(DEMO)
 	$(BIN)/python -m examples.digits train --output $(DEMO)/model.pt
 	$(BIN)/s2d-compile $(DEMO)/model.pt --arch examples.digits:build \
 		--splits examples/digits.json -o $(DEMO)/dyn.pt
 	$(BIN)/python -m examples.digits finetune $(DEMO)/dyn.pt --output $(DEMO)/dyn-tuned.pt
 	$(BIN)/python -m examples.digits eval $(DEMO)/model.pt $(DEMO)/dyn.pt $(DEMO)/dyn-tuned.pt
+	$(BIN)/s2d calibrate $(DEMO)/dyn-tuned.pt --data examples.digits:dataset \
+		--split 'test[:225]' --target drop=3% --confidence 0.95 -o $(DEMO)/dyn-calibrated.pt
+	$(BIN)/s2d eval $(DEMO)/dyn-calibrated.pt --data examples.digits:dataset \
+		--split 'test[225:]' --plot $(DEMO)/trade-off.png
 
 clean: ## Remove what the targets made, the virtual environment included
 	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,192 +1,187 @@
-"""Exits along depth beside earlyon's, after the same layers of one ResNet-18.
+"""Early exits of earlyon (PyPI) and of this package, at the same places of the same ResNet-18.
 
-    pip install --no-deps earlyon==0.3.0
-    python -m benchmarks.against_earlyon
+    pip install -e '.[benchmarks]' -c constraints.txt
+    python -m benchmarks.against_earlyon --write docs/against-earlyon.md
 
-Random weights; which samples leave is forced by thresholds, for both alike. Of a batch 60, 25 and
-15% leave after layer2, after layer3 and at the end. earlyon's batched call lets all samples leave
-together, where the last of them may: in a mixed batch at the end. Called one by one, each leaves
-where it may. Both are measured.
+earlyon wraps a network with hooks, and its own ResNet-18 leaves after layer2 and layer3. The same
+network, with the same weights, gets exits along depth there (``transform`` with a depth plan).
+Heads have random weights; thresholds are set to quantiles of each one's own confidences, so that
+the same share of the samples leaves at each exit. In batches earlyon's samples leave together, at
+the first exit that is sure of all of them, or run one by one: both are measured, with the same
+thresholds. All take turns in one process.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import cyclopts
+import numpy
 import torch
+from cyclopts import Parameter
 from rich.console import Console
-from torch import Tensor
 
 from s2d_compiler import DynamicModel, Thresholds, transform
-from s2d_compiler.benchmarking.forcing import ForcedExits
-from s2d_compiler.benchmarking.timer import interleaved, percentile, typical
-from s2d_compiler.dynamic import StagedNetwork
-from s2d_compiler.optimizing import optimize_static
 from s2d_compiler.runtime.recording import describe_machine
-from s2d_compiler.tracing import capture
 
-SHARES = (0.6, 0.25, 0.15)
-PLACES = ("layer2", "layer3")
-BATCH = 32
-FOLDER = Path(__file__).parent.parent
-#: Thresholds with which a sample leaves at each exit, whatever its confidence is.
-FORCED = ([0.0, 0.0], [1.0, 0.0], [1.0, 1.0])
+CLASSES = 10
+SHARES = (0.60, 0.25, 0.15)  # of the samples, leaving at exits 1, 2 and at the end
+PLAN = {"exits": ["layer2", "layer3"], "head": "linear", "input_shape": [3, 224, 224]}
 
 app = cyclopts.App(
-    name="python -m benchmarks.against_earlyon", help=__doc__, help_format="plaintext",
+    name="python -m benchmarks.against_earlyon",
+    help=__doc__,
+    help_format="plaintext",
     version_flags=(),
-)  # fmt: skip
+)
+console = Console(width=100)
 
 
-def seconds_of(call: Callable[[], object]) -> Callable[[], list[float]]:
-    """A run that is timed as a whole."""
+@dataclass(frozen=True)
+class Entry:
+    """One way to answer, ready to be timed."""
 
-    def run() -> list[float]:
-        began = time.perf_counter()
-        call()
-        return [time.perf_counter() - began]
-
-    return run
+    name: str
+    first: Callable[[], Any]
+    mixed: Callable[[], Any]
 
 
-def networks() -> tuple[Any, DynamicModel]:
-    """earlyon's ResNet-18 and ours, of the same weights."""
-    try:
-        from earlyon.models.resnet_ee import resnet18_ee
-    except ImportError as error:
-        raise SystemExit(f"{error}; pip install --no-deps earlyon==0.3.0") from error
-    torch.manual_seed(0)
-    theirs = resnet18_ee(1000, pretrained=False).eval()
-    from torchvision.models import resnet18
-
-    model = resnet18(weights=None).eval()
-    model.load_state_dict(theirs.backbone.state_dict())
-    ours = transform(model, {"exits": list(PLACES), "input_shape": [3, 224, 224]})
-    return theirs, ours
+def quantiles(confidences: numpy.ndarray[Any, Any]) -> tuple[float, float]:
+    """Thresholds with which the shares leave, from (N, 2) confidences of the early exits."""
+    first = float(numpy.quantile(confidences[:, 0], 1 - SHARES[0]))
+    rest = confidences[confidences[:, 0] < first]
+    second = float(numpy.quantile(rest[:, 1], 1 - SHARES[1] / (1 - SHARES[0])))
+    return first, second
 
 
-def first_exit(theirs: Any, ours: dict[str, StagedNetwork], x: Tensor) -> dict[str, Any]:
-    """Runs in which one sample leaves at the first exit."""
+@torch.no_grad()
+def earlyon_entries(wrapper: Any, one: torch.Tensor, many: torch.Tensor) -> list[Entry]:
+    """Batched, and one by one."""
+    outputs = wrapper(many, mode="training")
+    seen = torch.stack([o.softmax(1).amax(1) for o in outputs[:-1]], 1).numpy()
+    chosen = list(quantiles(seen))
 
-    def earlyon(given: Tensor = x) -> object:
-        theirs.config.confidence_thresholds = FORCED[0]
-        return theirs(given)
+    def first() -> Any:
+        wrapper.config.confidence_thresholds[:] = [0.0, 0.0]
+        return wrapper(one, mode="inference")
 
-    runs: dict[str, Any] = {"earlyon": earlyon}
-    for name, network in ours.items():
-        runs[name] = lambda network=network: network.predict(x, Thresholds((0.0, 0.0)))
-    return {name: seconds_of(run) for name, run in runs.items()}
+    def batched() -> Any:
+        wrapper.config.confidence_thresholds[:] = chosen
+        return wrapper.forward_inference_batched(many)
+
+    def single() -> Any:
+        wrapper.config.confidence_thresholds[:] = chosen
+        return [wrapper(many[i : i + 1], mode="inference") for i in range(len(many))]
+
+    exits = [result.exit_taken for result in single()]
+    console.print(f"earlyon leaves at {[exits.count(e) for e in (0, 1, -1)]}")
+    return [Entry("earlyon, batched", first, batched), Entry("earlyon, one by one", first, single)]
 
 
-def mixed(theirs: Any, ours: dict[str, StagedNetwork], x: Tensor) -> dict[str, Any]:
-    """Runs of a batch whose samples leave in the given shares."""
-    exits = ForcedExits(SHARES, len(x)).exits[0].tolist()
+@torch.no_grad()
+def own_entry(name: str, dyn: Any, one: torch.Tensor, many: torch.Tensor) -> Entry:
+    """This package, in one form of running."""
+    outputs = dyn(many)
+    seen = torch.stack([o.softmax(1).amax(1) for o in outputs[:-1]], 1).numpy()
+    chosen = Thresholds(quantiles(seen))
+    always = Thresholds((0.0, 0.0))
+    console.print(f"{name} leaves at {dyn.predict(many, chosen).stage.bincount().tolist()}")
+    return Entry(name, lambda: dyn.predict(one, always), lambda: dyn.predict(many, chosen))
 
-    def together() -> object:
-        theirs.config.confidence_thresholds = FORCED[max(exits)]
-        return theirs.forward_inference_batched(x)
 
-    def one_by_one() -> object:
-        found = []
-        for row, stage in enumerate(exits):
-            theirs.config.confidence_thresholds = FORCED[stage]
-            found.append(theirs(x[row : row + 1]).prediction)
-        return torch.cat(found)
+def forms(dyn: DynamicModel) -> dict[str, Any]:
+    """The forms of running that this machine has."""
+    found: dict[str, Any] = {"s2d-compiler, as compiled": dyn}
+    found["s2d-compiler, optimized"] = dyn.optimized()
+    return found
 
-    runs: dict[str, Any] = {"earlyon, batched": together, "earlyon, one by one": one_by_one}
-    for name, network in ours.items():
-        forced = ForcedExits(SHARES, len(x))
 
-        def predict(network: StagedNetwork = network, forced: ForcedExits = forced) -> object:
-            forced.begin()
-            return network.predict(x, forced.policy)
-
-        runs[name] = predict
-    return {name: seconds_of(run) for name, run in runs.items()}
+def measure(entries: list[Entry], kind: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds per entry; entries take turns."""
+    times: dict[str, list[float]] = {entry.name: [] for entry in entries}
+    for turn in range(rounds + 2):
+        for entry in entries:
+            function = entry.first if kind == "first" else entry.mixed
+            began = time.perf_counter()
+            function()
+            if turn >= 2:
+                times[entry.name].append(time.perf_counter() - began)
+    return times
 
 
 @app.default
 def main(
     *,
-    rounds: int = 9,
-    seconds: float = 0.4,
-    threads: int = 2,
-    page: Path = FOLDER / "docs" / "against-earlyon.md",
+    write: Annotated[Path | None, Parameter(show_default=False)] = None,
+    rounds: int = 40,
+    batch: int = 32,
 ) -> None:
-    """Measure, print and write the page.
+    """Measure, and print the table.
 
     Args:
-        rounds: Turns of every candidate.
-        seconds: Length of a turn, at least one run.
-        threads: Threads.
-        page: The page to write.
+        write: Also write it to this file.
+        rounds: Turns of each entry at batch 1; a fifth of it at the larger batch.
+        batch: The larger batch.
     """
-    torch.set_num_threads(threads)
-    theirs, dyn = networks()
-    one = torch.randn(1, 3, 224, 224)
-    many = torch.randn(BATCH, 3, 224, 224)
-    program = capture(_backbone(theirs), None, (3, 224, 224))
-    lines = _head(threads)
-    with torch.no_grad():
-        for x, make, title in ((one, first_exit, "first"), (many, mixed, "mixed")):
-            ours: dict[str, StagedNetwork] = {
-                "ours, as compiled": dyn,
-                "ours, optimised (eager)": dyn.optimized(backend="eager", batch=len(x)),
-                "ours, optimised": dyn.optimized(batch=len(x)),
-            }
-            runs = make(theirs, ours, x)
-            static = optimize_static(program, backend="onednn", batch=len(x))
-            last = x.contiguous(memory_format=torch.channels_last)
-            runs["the original, oneDNN, all layers"] = seconds_of(lambda m=static, v=last: m(v))  # type: ignore[misc]
-            for run in runs.values():
-                run()
-            lines += _table(title, interleaved(runs, rounds, seconds), len(x))
-    page.write_text("\n".join(lines) + "\n")
-    Console(width=100).print("\n".join(lines), markup=False)
+    from earlyon.models import resnet18_ee
+
+    torch.manual_seed(0)
+    wrapper = resnet18_ee(CLASSES, pretrained=False).eval()
+    dyn = transform(wrapper.backbone, PLAN)
+    one, many = torch.randn(1, 3, 224, 224), torch.randn(batch, 3, 224, 224)
+    entries = earlyon_entries(wrapper, one, many)
+    entries += [own_entry(name, form, one, many) for name, form in forms(dyn).items()]
+    first = measure(entries, "first", rounds)
+    mixed = measure(entries, "mixed", max(rounds // 5, 3))
+    table = _table(entries, first, mixed, batch)
+    console.print(table, markup=False)
+    if write is not None:
+        write.write_text(f"{_heading(batch)}\n{table}\n")
 
 
-def _backbone(theirs: Any) -> Any:
-    from torchvision.models import resnet18
-
-    model = resnet18(weights=None).eval()
-    model.load_state_dict(theirs.backbone.state_dict())
-    return model
-
-
-def _head(threads: int) -> list[str]:
+def _heading(batch: int) -> str:
+    found = describe_machine(torch.device("cpu"), "")
     from importlib.metadata import version
 
-    machine = describe_machine(torch.device("cpu"), "")
-    return [
-        "# Beside earlyon", "",
-        "Written by `python -m benchmarks.against_earlyon`. ResNet-18 at 224x224, 1000 classes, "
-        "random weights, exits after layer2 and layer3 of both; who leaves is forced. Candidates "
-        "take turns.", "",
-        f"Machine: {machine['processor']}, {threads} threads, torch {machine['torch']}, earlyon "
-        f"{version('earlyon')}.", "",
-    ]  # fmt: skip
+    return f"""# Beside earlyon
+
+ResNet-18 at 224x224, {CLASSES} classes, exits after `layer2` and `layer3`, random weights. *First
+exit*: one image that leaves at the first exit. *Mixed*: {batch} images of which
+{SHARES[0]:.0%}, {SHARES[1]:.0%} and {SHARES[2]:.0%} leave at the exits. Ratios are to the first
+row.
+
+`python -m benchmarks.against_earlyon --write docs/against-earlyon.md`
+
+{found["processor"]}, {os.cpu_count()} cores, {found["threads"]} threads, torch {found["torch"]},
+Python {found["python"]}, earlyon {version("earlyon")}
+"""
 
 
-def _table(kind: str, turns: dict[str, Any], samples: int) -> list[str]:
-    if kind == "first":
-        lines = ["## One sample that leaves at the first exit", "",
-                 "| candidate | p50, ms | p95, ms |", "|---|---:|---:|"]  # fmt: skip
-        lines += [
-            f"| {name} | {percentile(found, 0, 50):.2f} | {percentile(found, 0, 95):.2f} |"
-            for name, found in turns.items()
-        ]
-    else:
-        lines = [f"## A batch of {samples}, 60, 25 and 15% leaving at the three exits", "",
-                 "| candidate | samples/s | ms per batch |", "|---|---:|---:|"]  # fmt: skip
-        for name, found in turns.items():
-            time_ = typical(found, 0)
-            lines.append(f"| {name} | {samples / time_ * 1000:.1f} | {time_:.0f} |")
-    return [*lines, ""]
+def _table(
+    entries: list[Entry],
+    first: dict[str, list[float]],
+    mixed: dict[str, list[float]],
+    batch: int,
+) -> str:
+    lines = [
+        "| | first exit, p50 ms | ratio | mixed, images per second | ratio |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    base = numpy.median(first[entries[0].name]), numpy.median(mixed[entries[0].name])
+    for entry in entries:
+        latency, time_ = numpy.median(first[entry.name]), numpy.median(mixed[entry.name])
+        lines.append(
+            f"| {entry.name} | {latency * 1000:.2f} | {latency / base[0]:.2f} "
+            f"| {batch / time_:.1f} | {base[1] / time_:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(app())

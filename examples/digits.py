@@ -26,6 +26,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import s2d_compiler
 from s2d_compiler import DynamicModel
@@ -113,6 +114,16 @@ def load_data() -> tuple[Digits, Digits]:
     digits = Digits(images, torch.from_numpy(labels.astype(numpy.int64)))
     shuffled = digits[torch.randperm(len(digits), generator=torch.Generator().manual_seed(SEED))]
     return shuffled[HELD_OUT:], shuffled[:HELD_OUT]
+
+
+def dataset(split: str = "test") -> TensorDataset:
+    """Give one part for the commands: ``--data examples.digits:dataset --split test``.
+
+    The network takes values from 0 to 1 as they are, so that no preprocessing is needed.
+    """
+    train, test = load_data()
+    digits = {"train": train, "test": test}[split]
+    return TensorDataset(digits.images, digits.labels)
 
 
 def jitter(images: Tensor) -> Tensor:

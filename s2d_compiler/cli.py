@@ -23,6 +23,7 @@ from cyclopts import App, Parameter
 
 from s2d_compiler._version import __version__
 from s2d_compiler.commands.benchmarking import benchmark_network
+from s2d_compiler.commands.calibrating import calibrate_network
 from s2d_compiler.commands.compiling import compile_model
 from s2d_compiler.commands.evaluating import evaluate_network
 from s2d_compiler.commands.inspecting import inspect
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     app = _app("s2d", "Turn a trained network into a dynamic one: stages with early exits.")
     app.command(compile_model, name="compile")
     app.command(inspect)
+    app.command(calibrate_network, name="calibrate")
     app.command(show)
     app.command(verify_network, name="verify")
     app.command(evaluate_network, name="eval")

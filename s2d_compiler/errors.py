@@ -135,6 +135,24 @@ class PolicyError(S2DError):
     """
 
 
+class CalibrationError(S2DError):
+    """Thresholds cannot be found or promised, or records cannot be used.
+
+    The target cannot be met by any thresholds, there are too few samples for the promise that is
+    asked for, a budget is below what stage 1 costs, or a file of records is damaged or of another
+    network.
+
+    Example:
+        300 samples are too few to promise this (least cost at an accuracy at most 0.5% below the
+        last stage) with a confidence of 95%: it takes 921 at the least, and more where stages
+        disagree; give more samples, a weaker target, or no --confidence.
+
+    What to do:
+        Change the target as the message says, give more samples, or record again.
+        ``docs/calibration.md`` lists the targets, and what a promise takes.
+    """
+
+
 class FormatError(S2DError):
     """A ``dyn.pt`` file is damaged, of a newer format, or is no such file.
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -25,6 +26,7 @@ from s2d_compiler.data import Preprocessing, batches, open_data, require_fit
 from s2d_compiler.data.loading import require_classes
 from s2d_compiler.data.sources import Arrays, Data
 from s2d_compiler.errors import DataError, FormatError, OutOfMemoryError, UsageError
+from s2d_compiler.runtime import RunSettings
 
 PLAIN = Preprocessing()
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -95,6 +97,7 @@ def test_npz_with_splits_and_class_names(tmp_path: Path) -> None:
 
 def test_slices_of_a_split(tmp_path: Path) -> None:
     spec = write_npz(tmp_path / "a.npz", images=pixels(6, 5, 5, 3), labels=numpy.arange(6))
+    assert open_data(spec, "[4:]").name == f"{spec}[4:]"
     for text, expected in {"[2:]": [2, 3, 4, 5], "[:-4]": [0, 1], "[1::2]": [1, 3, 5]}.items():
         part = open_data(spec, text)
         assert part.labels.tolist() == expected
@@ -107,6 +110,8 @@ def test_a_limit_keeps_all_classes_of_sorted_data() -> None:
     data = Arrays("x", torch.zeros(100, 1, 2, 2), torch.arange(100) // 10)
     assert data.limited(10).labels.tolist() == list(range(10))
     assert data.limited(7).labels.tolist() == [0, 1, 2, 4, 5, 7, 8]
+    assert data.limited(10).name == "x (10 of 100)"
+    assert data.limited(10).place(3) == "x: image 30"
     assert data.limited(None) is data
     assert data.limited(100) is data
 
@@ -174,6 +179,7 @@ def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(inputs, torch.from_numpy(written["test_batch"]) / 255)
         assert labels.tolist() == [5] * 4
     data = open_data(f"cifar10:{tmp_path}", "train")
+    assert data.name == f"cifar10:{tmp_path} train"
     assert len(data) == 20
     assert data.classes is not None
     assert data.classes[3] == "class 3"
@@ -234,6 +240,16 @@ def test_a_function_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert inputs.shape == (3, 3, 6, 4)
     assert inputs[2, :, 0, 0].tolist() == [2, 10, 20]
     assert (labels.tolist(), pictures.classes) == ([0, 1, 0], ("a", "b"))
+
+
+def test_the_example_of_a_function() -> None:
+    pytest.importorskip("sklearn")
+    data = open_data("examples.digits:dataset")
+    assert (len(data), data.labels.unique().tolist()) == (450, list(range(10)))
+    inputs, _ = next(batches(data, PLAIN, 3))
+    assert inputs.shape == (3, 1, 8, 8)
+    assert 0.9 < float(inputs.max()) <= 1
+    assert len(open_data("examples.digits:dataset", "train[:100]")) == 100
 
 
 def test_batches_are_those_of_one_image_at_a_time(tmp_path: Path) -> None:
@@ -487,11 +503,26 @@ def test_options_go_before_what_is_stored() -> None:
     )
 
 
-def test_without_any_preprocessing_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    assert DataSource().preprocessing(None) == PLAIN
+def test_bytes_without_any_preprocessing_give_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = SimpleNamespace(
+        settings=RunSettings(),
+        parts=SimpleNamespace(input_shapes=((3, 8, 8),), batch=None),
+        parameters=lambda: iter([torch.zeros(1, dtype=torch.float64)]),
+    )
+    images = pixels(3, 8, 8, 3)
+    as_bytes = write_npz(tmp_path / "a.npz", images=images, labels=numpy.arange(3))
+    as_floats = write_npz(tmp_path / "b.npz", images=images / 255, labels=numpy.arange(3))
+    samples = DataSource(as_bytes).samples(network)
+    assert samples.preprocessing == Preprocessing(dtype="float64")
     assert "pixels are only scaled to 0 to 1" in caplog.text
     caplog.clear()
-    assert DataSource(resize="32").preprocessing(None) == Preprocessing(resize=32)
+    floats = DataSource(as_floats).samples(network)
+    torch.testing.assert_close(next(samples.batches())[0], next(floats.batches())[0])
+    DataSource(as_bytes, resize="8").samples(network)
+    network.settings = RunSettings(preprocessing=PLAIN)
+    DataSource(as_bytes).samples(network)
     assert not caplog.text
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.errors import (
+    cases_calibration,
     cases_capture,
     cases_commands,
     cases_data,
+    cases_depth,
     cases_evaluation,
     cases_format,
     cases_graphs,
@@ -40,6 +42,7 @@ from tests.errors.sites import (
 )
 
 TABLES = (
+    cases_calibration,
     cases_plan,
     cases_capture,
     cases_passes,
@@ -52,6 +55,7 @@ TABLES = (
     cases_data,
     cases_evaluation,
     cases_verify,
+    cases_depth,
     cases_optimized,
 )
 CASES: dict[str, Case] = {
@@ -121,8 +125,9 @@ def six():
 # Raised for the package itself and never shown as they are: how rules decline, control flow,
 # what Python's own protocols ask for.
 INTERNAL = {
-    "AssertionError", "KeyboardInterrupt", "NoRule", "NotImplementedError", "NotSliceable",
-    "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError", "_DependentError",
+    "AssertionError", "KeyboardInterrupt", "NoPlaceError", "NoRule", "NotImplementedError",
+    "NotSliceable", "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError",
+    "_DependentError",
 }  # fmt: skip
 
 

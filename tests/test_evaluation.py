@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -97,6 +98,18 @@ def leaves(policy: Policy, output: Tensor, stage: int) -> bool:
     value = float(measure_values(policy.measure, output, temperature))
     bound = policy.values[stage]
     return value <= bound if policy.measure == "entropy" else value >= bound
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("policy", POLICIES, ids=policy_text)
+def test_a_gpu_finds_the_same(policy: Policy) -> None:
+    """In float64, whose kernels round finely everywhere."""
+    here = [(inputs.double(), labels) for inputs, labels in in_batches(20)]
+    there = [(inputs.cuda(), labels.cuda()) for inputs, labels in here]
+    on_cpu = evaluate(network().double(), here, policy)
+    on_gpu = evaluate(network().double().cuda(), there, policy)
+    assert on_gpu.stages == on_cpu.stages
+    assert (on_gpu.accuracy, on_gpu.macs) == (on_cpu.accuracy, on_cpu.macs)
 
 
 def test_policies_differ_on_these_samples() -> None:
@@ -283,6 +296,22 @@ def test_the_command_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[
     assert "pixels are only scaled" in said.err
 
 
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("option", [None, "--quiet", "--json"])
+def test_long_work_shows_progress_on_a_terminal(
+    folder: Path, option: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", _Terminal())
+    words = ["eval", "dyn.pt", "--data", "a.npz", "--batch-size", "4"]
+    assert cli.main([*words, *([option] if option else [])]) == 0
+    assert isinstance(sys.stderr, _Terminal)
+    assert ("evaluating dyn.pt" in sys.stderr.getvalue()) == (option is None)
+
+
 def test_beside_the_original(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "eval dyn.pt --data a.npz --json --static model.pt"
     with mock.patch.object(ModelSource, "read", return_value=_Constant()):
@@ -376,6 +405,7 @@ def test_what_the_command_refuses(folder: Path, capsys: pytest.CaptureFixture[st
         ("--data a.npz --policy macs:3", "below what stage 1 costs"),
         ("--data a.npz --policy ms:3", "no times are recorded"),
         ("--data a.npz --device gpu7", "'gpu7' cannot be used here"),
+        ("--data a.npz --input-shape 3x9x9", "3x9x9 is not what dyn.pt takes, 3x8x8"),
         ("", "--data: nothing is named"),
     ):
         assert cli.main(["eval", "dyn.pt", *words.split()]) == 2, words

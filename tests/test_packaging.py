@@ -28,7 +28,8 @@ def test_every_file_beside_the_code_is_shipped() -> None:
             if path.is_file() and path.suffix not in (".py", ".pyc")
         }
         assert beside == set(shipped)
-    assert "plan.schema.json" in PROJECT["tool"]["setuptools"]["package-data"]["s2d_compiler"]
+    data = PROJECT["tool"]["setuptools"]["package-data"]["s2d_compiler"]
+    assert {"plan.schema.json", "depth-plan.schema.json"} <= set(data)
 
 
 def test_both_packages_say_that_they_are_typed() -> None:

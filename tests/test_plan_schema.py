@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from s2d_compiler.errors import PlanError
 from s2d_compiler.plan import Plan
 from s2d_compiler.plan_rules import PLAN_KEYS, PLAN_VERSION, SETTING_KEYS
-from s2d_compiler.plan_schema import PATH, plan_schema
+from s2d_compiler.plan_schema import DEPTH_PATH, PATH, plan_schema
 from tests.plans import plans
 
 ROOT = Path(__file__).parent.parent
@@ -224,7 +224,7 @@ def test_the_schema_is_one_and_of_the_version_that_is_written() -> None:
 
 def test_its_place_is_printed_for_editors(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(PATH.with_name("plan_schema.py")), run_name="__main__")
-    assert Path(capsys.readouterr().out.strip()) == PATH
+    assert list(map(Path, capsys.readouterr().out.splitlines())) == [PATH, DEPTH_PATH]
 
 
 def test_plans_of_this_repository_are_valid() -> None:

@@ -127,11 +127,6 @@ class DataSource:
             "std": _numbers("--std", self.std),
         }
         given = {name: value for name, value in texts.items() if value is not None}
-        if stored is None and not given:
-            logger.warning(
-                "no preprocessing is given or stored with the network: pixels are only scaled to 0 "
-                "to 1 (--mean, --std, --resize, --crop)"
-            )
         return replace(stored or Preprocessing(), **given)
 
     def samples(self, dyn: Any) -> Samples:
@@ -143,17 +138,29 @@ class DataSource:
         Raises:
             UsageError, DataError: Options, data and network do not fit together.
         """
+        import torch
+
         from s2d_compiler.data import require_fit
 
         data = self.open()
-        preprocessing = self.preprocessing(dyn.settings.preprocessing)
+        stored = dyn.settings.preprocessing
+        preprocessing = self.preprocessing(stored)
+        is_bytes = data.image(0).dtype == torch.uint8
+        if stored is None and preprocessing == Preprocessing() and is_bytes:
+            logger.warning(
+                "no preprocessing is given or stored with the network: pixels are only scaled to 0 "
+                "to 1 (--mean, --std, --resize, --crop)"
+            )
         preprocessing = replace(preprocessing, dtype=_dtype_of(dyn, preprocessing))
         shape = require_fit(data, preprocessing, dyn.parts.input_shapes)
         size: int = dyn.parts.batch or self.batch_size
-        if len(data) % size and dyn.parts.batch:
+        if dyn.parts.batch and len(data) % size:
+            remedy = f"give --limit {len(data) // size * size}"
+            if len(data) < size:
+                remedy = f"give at least {size} images"
             raise UsageError(
-                f"--data: {len(data)} images, and the network takes batches of {size} only; give "
-                f"--limit {max(1, len(data) // size) * size}, or compile it with a free batch size"
+                f"--data: {len(data)} images, and the network takes batches of {size} only; "
+                f"{remedy}, or compile it with a free batch size"
             )
         return Samples(data, preprocessing, size, shape)
 

@@ -253,11 +253,16 @@ def _values(outputs: list[Tensor], policy: Policy | None) -> Tensor:
 
 
 def _require_agreement(found: Any, outputs: list[Tensor], stage: Tensor) -> None:
-    """Require that each sample has the output of the exit where it left."""
+    """Require that each sample has the output of the exit where it left.
+
+    Kernels for other batch sizes round differently, on GPUs by as much as half precision does
+    (TF32).
+    """
     stacked = torch.stack(outputs)
     expected = stacked[stage, torch.arange(len(stage), device=stage.device)]
     size = float(expected.abs().nan_to_num(0, 0, 0).amax()) if len(stage) else 0.0
-    tolerance = size * (1e-2 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-4)
+    is_coarse = expected.dtype in (torch.float16, torch.bfloat16) or expected.device.type != "cpu"
+    tolerance = size * (1e-2 if is_coarse else 1e-4)
     same = torch.isclose(found, expected, rtol=0, atol=tolerance, equal_nan=True).all(1)
     if bool(same.all()):
         return
@@ -265,6 +270,7 @@ def _require_agreement(found: Any, outputs: list[Tensor], stage: Tensor) -> None
     at, off = int(stage[number]) + 1, float((found - expected)[number].abs().max())
     raise CheckError(
         f"sample {number} of a batch left at stage {at}, where predict and the stages by "
-        f"themselves differ by {off:.3g}, and they must agree; this is a defect of the compiler: "
-        "please report the model and the plan."
+        f"themselves differ by {off:.3g}, and they must agree. If samples of this network "
+        "depend on each other, evaluate it with --batch-size 1; otherwise this is a defect of the "
+        "compiler: please report the model and the plan."
     )

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from s2d_compiler.runtime.timings import Timings
 
 _NEVER = Thresholds(())
+#: A threshold that lets everybody leave may lie a little above what rounding makes of the largest.
+_ROUNDING = 1.02
 
 
 class Engine:
@@ -229,7 +231,7 @@ class Engine:
         values = measure_values(measure, output, temperature)
         if number < len(thresholds.values):
             bound, most = thresholds.values[number], largest_value(measure, output.shape[1])
-            if bound > most * (1 + 1e-6) and bound != torch.inf:
+            if bound > most * _ROUNDING and bound != torch.inf:
                 raise PolicyError(
                     f"thresholds: {bound!r} at stage {number + 1} is above the largest {measure} "
                     f"of {output.shape[1]} classes ({most:.6g}); give a value up to it."

@@ -139,7 +139,7 @@ CASES: dict[str, Any] = {
         images=BYTES[:0], labels=LABELS[:0],
     ),
     "empty slice": opening(
-        "a.npz", "a.npz (split [5:])", "0 images", "at least 1 is needed", "name other data",
+        "a.npz", "a.npz[5:]", "0 images", "at least 1 is needed", "name other data",
         split="[5:]", make=lambda: numpy.savez("a.npz", images=BYTES, labels=LABELS),
     ),
     "no data": option(
@@ -155,7 +155,7 @@ CASES: dict[str, Any] = {
         network=network(),
     ),
     "fixed batch": option(
-        "--data", "2 images", "the network takes batches of 3 only", "give --limit 3",
+        "--data", "2 images", "the network takes batches of 3 only", "give at least 3 images",
         data="a.npz", network=network(batch=3),
     ),
     "size": option(

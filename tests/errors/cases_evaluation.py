@@ -13,7 +13,9 @@ from s2d_compiler.commands.policy_options import FORMS, read_policy
 from s2d_compiler.errors import CheckError, DataError, UsageError
 from s2d_compiler.evaluation import evaluate
 from s2d_compiler.evaluation.evaluating import _require_agreement, require_logits
+from s2d_compiler.monitoring import Monitor
 from s2d_compiler.plots import check_plot
+from s2d_compiler.runtime import RunSettings
 from tests.errors.case import Case
 
 
@@ -55,5 +57,22 @@ CASES: dict[str, Any] = {
     "matplotlib": Case(
         without_matplotlib, UsageError, "--plot", "import of matplotlib halted",
         "cannot be imported", "pip install 's2d-compiler[plots]'",
+    ),
+    "no calibration": Case(
+        lambda folder: Monitor(mock.Mock(settings=RunSettings())), UsageError, "the network",
+        "has no calibration", "a monitor compares with it", "run s2d calibrate first",
+    ),
+    "no exit rates": Case(
+        lambda folder: Monitor({"exit_rates": [2.0]}), UsageError, "calibration",
+        "{'exit_rates': [2.0]}", "does not say how many samples left",
+        "calibrate the network again",
+    ),
+    "level": Case(
+        lambda folder: Monitor([1, 1], level=1.0), UsageError, "level", "1.0", "is no probability",
+        "give one such as 0.01",
+    ),
+    "another network": Case(
+        lambda folder: Monitor([1, 1]).count([1, 1, 1]), UsageError, "the predictions",
+        "left at stage 3", "calibration knows 2 stages", "make a monitor of their own network",
     ),
 }  # fmt: skip
