@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -156,6 +157,23 @@ def test_images_in_any_format_and_early_exits(small: DynamicModel) -> None:
         1e-12
     ] * 2
     assert not fast(x.requires_grad_())[0].requires_grad
+
+
+def test_settings_go_with_it(small: DynamicModel) -> None:
+    dyn = copy.deepcopy(small)
+    dyn.settings = replace(dyn.settings, policy=Thresholds((0.0,)))
+    fast, x = dyn.optimized(), x_of((2, 3, 6, 6))
+    assert fast.settings == dyn.settings
+    assert fast.predict(x).stage.tolist() == [0, 0]
+
+
+def test_copies(small: DynamicModel) -> None:
+    x = x_of((2, 3, 6, 6))
+    for dyn, given in ((small, x), (copy.deepcopy(small).float(), x.float())):
+        fast = dyn.optimized()
+        copied = copy.deepcopy(fast)
+        assert difference(copied(given), fast(given)) == 0
+        assert copied.settings == fast.settings
 
 
 def test_training_the_network_does_not_change_its_optimised_form(small: DynamicModel) -> None:
