@@ -245,6 +245,32 @@ def test_at_most_two_compilations(monkeypatch: pytest.MonkeyPatch, small: Dynami
     assert len(made) == 4
 
 
+def test_a_stage_that_would_be_compiled_again_runs_uncompiled(
+    monkeypatch: pytest.MonkeyPatch, small: DynamicModel
+) -> None:
+    class FailOnRecompileLimitHit(Exception):
+        pass
+
+    made: list[int] = []
+
+    def frozen(stage: fx.GraphModule) -> Any:
+        def run(*inputs: Tensor) -> Any:
+            made.append(len(inputs[0]))
+            if len(inputs[0]) != 3:
+                raise FailOnRecompileLimitHit
+            return stage(*inputs)
+
+        return run
+
+    monkeypatch.setattr(backends, "frozen", frozen)
+    monkeypatch.setattr(pipeline, "why_not", lambda *arguments: None)
+    fast = small.optimized(backend="inductor")
+    for size in (3, 4, 3, 5):
+        x = x_of((size, 3, 6, 6))
+        assert difference(fast(x), small(x)) < 1e-12
+    assert made == [3, 3, 4, 4]
+
+
 class TwoNorms(nn.Module):
     """A linear layer of tokens with a norm, which takes the tokens' places for channels."""
 
