@@ -271,6 +271,25 @@ def test_a_stage_that_would_be_compiled_again_runs_uncompiled(
     assert made == [3, 3, 4, 4]
 
 
+@pytest.mark.skipif(
+    not os.environ.get("S2D_INDUCTOR"), reason="compiles for a minute; set S2D_INDUCTOR=1"
+)
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_a_thousand_batch_sizes(small: DynamicModel) -> None:
+    from torch._dynamo.utils import counters
+
+    single = copy.deepcopy(small).float()
+    fast = single.optimized(backend="inductor")
+    before = counters["stats"]["unique_graphs"]
+    for size in (7, 1, 500, *range(1, 1001)):
+        x = x_of((size, 3, 6, 6), seed=size).float()
+        assert difference(fast(x), single(x)) < 1e-5
+    assert 1 <= counters["stats"]["unique_graphs"] - before <= 2 * len(fast.stages)
+    mixed = fast.predict(x, Thresholds((0.4,)))
+    assert difference(mixed.output, single.predict(x, Thresholds((0.4,))).output) < 1e-5
+    assert counters["stats"]["unique_graphs"] - before <= 2 * len(fast.stages)
+
+
 class TwoNorms(nn.Module):
     """A linear layer of tokens with a norm, which takes the tokens' places for channels."""
 
