@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from examples import cifar_models, depth_baselines, detector_backbone, digits, table4
-from s2d_compiler.depth_report import DepthReport
 from s2d_compiler import DynamicModel, Plan, load, transform
+from s2d_compiler.depth_report import DepthReport
 
 EXAMPLES = Path(digits.__file__).parent
 
