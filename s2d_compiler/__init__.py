@@ -3,6 +3,7 @@
 from s2d_compiler import _torchvision as _torchvision  # first: makes torchvision importable
 from s2d_compiler._version import __version__ as __version__
 from s2d_compiler.compiler import transform
+from s2d_compiler.depth_plan import DepthPlan
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import S2DError
 from s2d_compiler.format import load
@@ -13,6 +14,7 @@ from s2d_compiler.verification import Verification, verify
 
 __all__ = [
     "Deadline",
+    "DepthPlan",
     "DynamicModel",
     "MacsBudget",
     "Plan",
