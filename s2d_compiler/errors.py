@@ -144,7 +144,7 @@ class CalibrationError(S2DError):
 
     Example:
         300 samples are too few to promise this (least cost at an accuracy at most 0.5% below the
-        last stage) with a confidence of 95%: it takes 922 at the least, and more where stages
+        last stage) with a confidence of 95%: it takes 921 at the least, and more where stages
         disagree; give more samples, a weaker target, or no --confidence.
 
     What to do:

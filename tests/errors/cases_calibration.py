@@ -211,7 +211,7 @@ CASES: dict[str, Case] = {
     ),
     # promises
     "too few samples": calibrating(
-        "drop=0.1%", "300 samples", "0.1% below the last stage", "are too few to promise this",
+        "drop=0.5%", "300 samples", "0.5% below the last stage", "are too few to promise this",
         "give more samples, a weaker target, or no --confidence", confidence=0.95,
     ),
     "too few for an accuracy": said(
