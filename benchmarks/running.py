@@ -32,7 +32,7 @@ from torch import Tensor
 
 from examples.cifar_models import resnet20
 from s2d_compiler import Deadline, DynamicModel, MacsBudget, Thresholds, transform
-from s2d_compiler.runtime import record_timings
+from s2d_compiler.runtime import Policy, record_timings
 from s2d_compiler.runtime.recording import describe_machine
 
 PLAN = {"stages": 3, "groups": 8, "default": {"split": [4, 6], "concat": "all"}}
@@ -131,19 +131,17 @@ def memory(predictions: int = 10_000) -> None:
     def one() -> None:
         size = rng.choice([0, 1, 1, 2, 3, 5, 8, 16])
         x = torch.randn(size, *shape)
-        policy = rng.choice(
-            [
-                Thresholds((rng.random(), rng.random())),
-                Thresholds((rng.random() * 2, rng.random() * 2), "entropy"),
-                MacsBudget(rng.randint(costs[0], costs[2])),
-                MacsBudget(rng.randint(costs[0], costs[2]) * max(size, 1), "batch"),
-                Deadline(rng.random() * 20),
-            ]
-        )
+        policies: list[Policy] = [
+            Thresholds((rng.random(), rng.random())),
+            Thresholds((rng.random() * 2, rng.random() * 2), "entropy"),
+            MacsBudget(rng.randint(costs[0], costs[2])),
+            MacsBudget(rng.randint(costs[0], costs[2]) * max(size, 1), "batch"),
+            Deadline(rng.random() * 20),
+        ]
         if rng.random() < 0.1:
             next(iter(dyn.anytime(x)))
         else:
-            dyn.predict(x, policy)
+            dyn.predict(x, rng.choice(policies))
 
     table = Table("predictions", "tensors alive", "resident memory, MB")
 

@@ -16,7 +16,7 @@ from s2d_compiler.attributes import put
 from s2d_compiler.errors import PassError
 from s2d_compiler.exit_heads import ExitHead
 from s2d_compiler.exit_placement import ExitPlacement
-from s2d_compiler.program import tensor_value
+from s2d_compiler.program import is_scalar, tensor_value
 from s2d_compiler.provenance import Slice
 from s2d_compiler.staging import SHARED
 from s2d_compiler.thin import place_slices
@@ -73,6 +73,7 @@ class _Work:
         self.placement = placement
         self.program = placement.program
         self.copies: dict[fx.Node, fx.Node] = {}
+        self.sizes: dict[tuple[fx.Node, int], fx.Node] = {}
         self.stage_of = self._stages()
 
     def _stages(self) -> dict[fx.Node, int]:
@@ -98,14 +99,34 @@ class _Work:
                 self.copies[node] = self._copy(node)
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        created = self.graph.node_copy(node, self.copies.__getitem__)
+        stage = self.stage_of.get(node, self.placement.stages)
+        created = self.graph.node_copy(node, lambda n: self._operand(n, stage))
         created.meta = {k: v for k, v in node.meta.items() if k in ("path", "kind")}
-        created.meta |= {
-            "origin": node.name,
-            "stage": self.stage_of.get(node, self.placement.stages),
-        }
+        created.meta |= {"origin": node.name, "stage": stage}
         if node.op in ("call_module", "get_attr"):
             created.target = self._place(node)
+        return created
+
+    def _operand(self, node: fx.Node, stage: int) -> fx.Node:
+        """What stands for an operand in a stage: a size of the batch is taken from what the stage
+        reads anyway, so that the network's input need not be kept for it."""
+        earlier = self.placement.heads[stage - 2] if stage > 1 else None
+        if earlier is None or not earlier.place.is_cut or not is_scalar(node):
+            return self.copies[node]
+        if (node, stage) in self.sizes:
+            return self.sizes[node, stage]
+        place = self.program.by_name[earlier.place.node]
+        value, batch = tensor_value(place), earlier.place.batch
+        created = self.copies[node]
+        if node.target is aten.sym_size.int:
+            if value is not None and str(value.shape[batch]) == str(node.meta["val"]):
+                arguments = (self.copies[place], batch)
+                created = self.graph.call_function(aten.sym_size.int, arguments)
+        elif node.op == "call_function" and self.stage_of.get(node) != stage:
+            created = self.graph.node_copy(node, lambda n: self._operand(n, stage))
+        if created is not self.copies[node]:
+            created.meta = {"path": "", "stage": stage}
+        self.sizes[node, stage] = created
         return created
 
     def _place(self, node: fx.Node) -> str:

@@ -1,5 +1,5 @@
 """The commands: ``s2d-compile``, and ``s2d`` with ``compile``, ``inspect``, ``show``, ``verify``,
-``eval``.
+``eval``, ``bench``.
 
 A command computes its ``Result`` and prints nothing; ``commands.running`` prints it, as text or as
 JSON, and turns errors into a sentence and an exit status:
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from cyclopts import App, Parameter
 
 from s2d_compiler._version import __version__
+from s2d_compiler.commands.benchmarking import benchmark_network
 from s2d_compiler.commands.calibrating import calibrate_network
 from s2d_compiler.commands.compiling import compile_model
 from s2d_compiler.commands.evaluating import evaluate_network
@@ -60,4 +61,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     app.command(show)
     app.command(verify_network, name="verify")
     app.command(evaluate_network, name="eval")
+    app.command(benchmark_network, name="bench")
     return run("s2d", app, argv)

@@ -18,9 +18,9 @@ its sequential form; Lindon and Malek, "Anytime-valid inference for multinomial 
 2022), for Dirichlet mixtures over counts; Ville, "Étude critique de la notion de collectif" (1939).
 
 All samples since the start would outvote a change that comes late. So several spans are watched:
-all samples, and blocks of 64,000, 8,000 and 1,000. Each block is a new test that starts from
-nothing, and block j gets the share 1 / (j (j + 1)) of its span's part of ``level``; the parts add
-up to it.
+all samples, and blocks of 64,000, 16,000, 4,000 and 1,000. Each block is a new test that starts
+from nothing, and block j gets the share 1 / (j (j + 1)) of its span's part of ``level``; the parts
+add up to it.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ logger = logging.getLogger(__name__)
 
 #: Block lengths, None for all samples, and the part of the level that each gets.
 _SPANS: tuple[tuple[int | None, float], ...] = (
-    (None, 0.25),
-    (64_000, 0.25),
-    (8_000, 0.25),
-    (1_000, 0.25),
+    (None, 0.2),
+    (64_000, 0.2),
+    (16_000, 0.2),
+    (4_000, 0.2),
+    (1_000, 0.2),
 )
 #: Looking at the evidence takes longer than counting; it may be done at any time.
 _LOOK_EVERY = 32

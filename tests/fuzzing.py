@@ -30,8 +30,10 @@ import torch
 from torch import nn
 
 from s2d_compiler import Plan, load, transform
+from s2d_compiler.depth_plan import DepthPlan
 from s2d_compiler.errors import FormatError, ModelFileError, PlanError
 from s2d_compiler.format import load_to_show, to_data
+from s2d_compiler.plans import AnyPlan
 from s2d_compiler.reading import read_model
 from tests.data_mutations import as_json, copy_containers, mutated, mutated_archive
 from tests.random_calls import odd_operands, random_call
@@ -87,10 +89,12 @@ def compiled() -> list[tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]]:
             {"scale": scale},
         ),
         (to_data(transform(convolutional(), {**plan, "final": "original"}, (x,))), (x,), {}),
+        (to_data(transform(convolutional(), DEPTH, (x,))), (x,), {}),
     ]
     return found
 
 
+DEPTH: dict[str, Any] = {"exits": ["1", 0.95], "head": ["branchynet", "linear"], "width": 4}
 PLAN: dict[str, Any] = {
     "stages": 3,
     "groups": 8,
@@ -135,7 +139,9 @@ def plans() -> Case:
     """Plans: as JSON text, and as data."""
 
     def case(pick: random.Random) -> str:
-        data = mutated(PLAN, pick, in_file=False)
+        is_depth = pick.random() < 0.2
+        kind: type[AnyPlan] = DepthPlan if is_depth else Plan
+        data = mutated({**DEPTH, "seed": 1} if is_depth else PLAN, pick, in_file=False)
         text = as_json(data)
         if pick.random() < 0.2:
             at = pick.randrange(len(text))
@@ -143,13 +149,15 @@ def plans() -> Case:
                 text[:at] + pick.choice('{}[]",:0eE-NIn\\u \x00é') + text[at + pick.randrange(3) :]
             )
         try:
-            plan = Plan.from_json(text) if pick.random() < 0.7 else Plan.from_dict(data)
+            plan = kind.from_json(text) if pick.random() < 0.7 else kind.from_dict(data)
         except PlanError as error:
             sentence(error)
             return "refused"
-        if Plan.from_json(plan.to_json()) != plan:
+        if kind.from_json(plan.to_json()) != plan:
             raise Defect(f"does not come back: {plan.to_json()}")
         str(plan)
+        if isinstance(plan, DepthPlan):
+            return "read"
         plan.split_for("32x32", ["layer1.0"])
         plan.reads("32x32", "layer1.0")
         try:

@@ -103,6 +103,7 @@ def _compiled() -> list[tuple[Data, tuple[Any, ...], dict[str, Any]]]:
 
 
 def network(number: int) -> Data:
-    """The data of a compiled network: 0 of convolutions, 1 with attention and a computed weight."""
+    """The data of a compiled network: 0 of convolutions, 1 with attention and a computed weight,
+    3 with exits along depth."""
     copied: Data = copy_containers(_compiled()[number][0])
     return copied

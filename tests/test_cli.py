@@ -207,6 +207,23 @@ def test_the_advice_fits_the_plan(compile_: Run):
     assert "nothing to train" in compile_(*BASIC)[1]
 
 
+def test_exits_along_depth_are_compiled_shown_and_verified(s2d: Run, compile_: Run):
+    Path("spec.json").write_text('{"exits": ["2"], "head": "branchynet", "input_shape": [3, 8, 8]}')
+    status, out, err = compile_(*BASIC)
+    assert (status, err) == (0, "")
+    for part in ("2: after aten.relu.default in 2", "branchynet head", "checked in float64",
+                 "all stages but the last, which is the original itself"):  # fmt: skip
+        assert part in out
+    assert "after 2: branchynet" in s2d("show", "dyn.pt", "--report")[1]
+    document = json.loads(s2d("show", "dyn.pt", "--json")[1])
+    assert document["report"]["exits"][0]["path"] == "2"
+    assert s2d("verify", "model.pt", "dyn.pt")[0] == 0
+    dyn, x = s2d_compiler.load("dyn.pt"), torch.randn(2, 3, 8, 8)
+    assert torch.equal(dyn(x)[-1], torch.load("model.pt", weights_only=False)(x))
+    assert compile_(*BASIC, "--input-shape", "3x12x12")[0] == 0
+    assert json.loads(s2d("show", "dyn.pt", "--json")[1])["input_shapes"] == [[3, 12, 12]]
+
+
 # --------------------------------------------------------------------------------------
 # Inspecting and showing
 
@@ -311,6 +328,15 @@ def test_inspect_lists_layers_and_prints_json(s2d: Run):
     document = json.loads(s2d(*words, "--json")[1])
     assert document["size"] == 168**2
     assert [row["name"] for row in document["layers"]] == ["0", "3", "7"]
+
+
+def test_inspect_lists_places_for_exits_along_depth(s2d: Run):
+    words = ("inspect", "model.pt", "--input-shape", "3x8x8", "--places")
+    assert "aten.relu.default" in s2d(*words)[1]
+    document = json.loads(s2d(*words, "--json")[1])
+    assert [(place["path"], place["resolution"]) for place in document["places"]] == [
+        ("2", "8x8"), ("4", "4x4")
+    ]  # fmt: skip
 
 
 def test_show_tells_plan_origin_layers_graph_and_report(s2d: Run, compile_: Run):
@@ -524,7 +550,7 @@ def test_wrong_usage_is_one_line(compile_: Run, words: tuple[str, ...], part: st
 
 
 def test_an_unknown_command_is_one_line(s2d: Run):
-    refused(s2d("optimize"), '"optimize"', "compile, inspect, show")
+    refused(s2d("optimize"), '"optimize"', "compile, inspect, calibrate, show")
 
 
 def test_errors_are_json_documents_on_demand(compile_: Run):

@@ -97,6 +97,7 @@ def test_npz_with_splits_and_class_names(tmp_path: Path) -> None:
 
 def test_slices_of_a_split(tmp_path: Path) -> None:
     spec = write_npz(tmp_path / "a.npz", images=pixels(6, 5, 5, 3), labels=numpy.arange(6))
+    assert open_data(spec, "[4:]").name == f"{spec}[4:]"
     for text, expected in {"[2:]": [2, 3, 4, 5], "[:-4]": [0, 1], "[1::2]": [1, 3, 5]}.items():
         part = open_data(spec, text)
         assert part.labels.tolist() == expected
@@ -109,6 +110,8 @@ def test_a_limit_keeps_all_classes_of_sorted_data() -> None:
     data = Arrays("x", torch.zeros(100, 1, 2, 2), torch.arange(100) // 10)
     assert data.limited(10).labels.tolist() == list(range(10))
     assert data.limited(7).labels.tolist() == [0, 1, 2, 4, 5, 7, 8]
+    assert data.limited(10).name == "x (10 of 100)"
+    assert data.limited(10).place(3) == "x: image 30"
     assert data.limited(None) is data
     assert data.limited(100) is data
 
@@ -176,6 +179,7 @@ def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(inputs, torch.from_numpy(written["test_batch"]) / 255)
         assert labels.tolist() == [5] * 4
     data = open_data(f"cifar10:{tmp_path}", "train")
+    assert data.name == f"cifar10:{tmp_path} train"
     assert len(data) == 20
     assert data.classes is not None
     assert data.classes[3] == "class 3"

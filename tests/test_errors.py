@@ -18,6 +18,7 @@ from tests.errors import (
     cases_capture,
     cases_commands,
     cases_data,
+    cases_depth,
     cases_evaluation,
     cases_format,
     cases_graphs,
@@ -54,6 +55,7 @@ TABLES = (
     cases_data,
     cases_evaluation,
     cases_verify,
+    cases_depth,
     cases_optimized,
 )
 CASES: dict[str, Case] = {

@@ -100,6 +100,18 @@ def leaves(policy: Policy, output: Tensor, stage: int) -> bool:
     return value <= bound if policy.measure == "entropy" else value >= bound
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("policy", POLICIES, ids=policy_text)
+def test_a_gpu_finds_the_same(policy: Policy) -> None:
+    """In float64, whose kernels round finely everywhere."""
+    here = [(inputs.double(), labels) for inputs, labels in in_batches(20)]
+    there = [(inputs.cuda(), labels.cuda()) for inputs, labels in here]
+    on_cpu = evaluate(network().double(), here, policy)
+    on_gpu = evaluate(network().double().cuda(), there, policy)
+    assert on_gpu.stages == on_cpu.stages
+    assert (on_gpu.accuracy, on_gpu.macs) == (on_cpu.accuracy, on_cpu.macs)
+
+
 def test_policies_differ_on_these_samples() -> None:
     """Otherwise the test above would show little."""
     found = [evaluate(network(), in_batches(60), policy).stages for policy in POLICIES]
@@ -393,6 +405,7 @@ def test_what_the_command_refuses(folder: Path, capsys: pytest.CaptureFixture[st
         ("--data a.npz --policy macs:3", "below what stage 1 costs"),
         ("--data a.npz --policy ms:3", "no times are recorded"),
         ("--data a.npz --device gpu7", "'gpu7' cannot be used here"),
+        ("--data a.npz --input-shape 3x9x9", "3x9x9 is not what dyn.pt takes, 3x8x8"),
         ("", "--data: nothing is named"),
     ):
         assert cli.main(["eval", "dyn.pt", *words.split()]) == 2, words

@@ -16,11 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from s2d_compiler import Plan, load
+from s2d_compiler.calibration.results import Calibration
 from s2d_compiler.errors import FormatError, PlanError
 from s2d_compiler.format import VERSION, from_data, to_data
 from s2d_compiler.plan import Setting
 from s2d_compiler.plan_rules import PLAN_VERSION
-from tests.formats.make import PLANS, network, outputs
+from s2d_compiler.plans import plan_from_dict
+from s2d_compiler.runtime import RunSettings
+from tests.formats.make import NAMES, PLANS, SETTINGS, network, outputs
 
 FOLDER = Path(__file__).parent / "formats"
 DYN_FILES = sorted(FOLDER.glob("dyn-v*.pt"))
@@ -28,7 +31,7 @@ DYN_FILES = sorted(FOLDER.glob("dyn-v*.pt"))
 
 def test_every_version_has_its_files() -> None:
     assert {path.name for path in DYN_FILES} == {
-        f"dyn-v{version}-{name}.pt" for version in range(1, VERSION + 1) for name in PLANS
+        f"dyn-v{version}-{name}.pt" for version in range(1, VERSION + 1) for name in NAMES[version]
     }
     assert {path.name for path in FOLDER.glob("plan-v*.json")} == {
         f"plan-v{version}.json" for version in range(1, PLAN_VERSION + 1)
@@ -43,7 +46,7 @@ def test_networks_compute_what_they_did(path: Path) -> None:
     dyn = load(path)
     found = outputs(dyn, example)
     assert found.keys() == wanted.keys()
-    assert len(found) == 2 * len(dyn.stages)
+    assert len(found) == len(dyn.stages) * (1 if path.stem.endswith("depth") else 2)
     for key, value in found.items():
         torch.testing.assert_close(value, wanted[key], rtol=1e-11, atol=1e-11, msg=key)
         assert float(wanted[key].std()) > 0.01, "an output that is constant shows nothing"
@@ -52,11 +55,17 @@ def test_networks_compute_what_they_did(path: Path) -> None:
 @pytest.mark.parametrize("path", DYN_FILES, ids=lambda path: path.stem)
 def test_what_is_said_about_networks_is_read(path: Path) -> None:
     dyn = load(path)
-    assert dyn.plan == Plan.from_dict(PLANS[path.stem.rpartition("-")[2]])
+    name = path.stem.rpartition("-")[2]
+    assert dyn.plan == plan_from_dict(PLANS[name])
+    assert dyn.settings == (SETTINGS if name == "depth" else RunSettings())
+    if dyn.settings.calibration is not None:
+        assert Calibration.from_dict(dyn.settings.calibration).to_dict() == SETTINGS.calibration
     assert any(i[0] == "feature" for face in dyn.parts.interfaces for i in face.inputs)
     assert len(dyn.cost.stages) == len(dyn.stages) == 3
     assert all(stage.macs > 0 for stage in dyn.cost.stages)
-    assert set(dyn.provenance) == set(dyn.state_dict())
+    new = {key for key in dyn.state_dict() if ".exit_head." in key}
+    assert set(dyn.provenance) == set(dyn.state_dict()) - new
+    assert bool(new) == (name == "depth")
     assert str(dyn.report)
     assert dyn.parts.made_by["s2d_compiler"]
 
@@ -88,11 +97,12 @@ def forms(data: dict[str, Any]) -> dict[str, Any]:
         "cost": sorted(data["cost"]),
         "report": sorted(data["report"]),
         "interfaces": {form(row) for row in data["interfaces"]},
+        "settings": form(data["settings"]),
         "specs": (form(data["input_spec"]), form(data["output_spec"])),
     }
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", NAMES[VERSION])
 def test_what_is_written_has_the_form_of_its_version(name: str) -> None:
     """Who changes what is written raises the version, and older readers say so."""
     committed = forms(torch.load(FOLDER / f"dyn-v{VERSION}-{name}.pt", weights_only=True))

@@ -291,6 +291,40 @@ def test_computed_weights(computed: Data, tmp_path: Path, name: str) -> None:
     assert re.search(message, text), text
 
 
+def plan(**changes: Any) -> Change:
+    return lambda data: data["plan"].update(changes)
+
+
+def another_plan(data: Data) -> None:
+    data["plan"] = network(0)["plan"]
+
+
+DEPTH: dict[str, tuple[Change, str]] = {
+    "exits no list": (plan(exits="1"), "plan: exits: .* is no list"),
+    "exits of none": (plan(exits=[None]), r"plan: exits\[0\]: null is neither"),
+    "not a number": (plan(exits=[float("nan")]), r"plan: exits\[0\]: NaN is no fraction"),
+    "one exit more": (plan(exits=["1", "a", 0.95], head="linear"), "but the plan has 4"),
+    "no exits": (plan(exits=[], head="linear"), "there are none"),
+    "exits by a preset": (plan(exits=[], preset="ddi", head=[]), "but the plan has 1"),
+    "heads": (plan(head=["linear"]), "1 kinds for 2 exits"),
+    "wide": (plan(width=10**9), "is no number of channels"),
+    "seed": (plan(seed=-1), "seed: -1 is no whole number"),
+    "a plan that cuts": (another_plan, "report.*missing|but the plan has"),
+    "report": (lambda d: d["report"]["exits"][0].update(macs=-1), "macs: -1 is below 0"),
+    "report of none": (lambda d: d["report"].pop("exits"), "'exits' is missing"),
+    "report of text": (lambda d: d["report"]["exits"][0].update(is_cut="no"), "neither True nor"),
+}
+
+
+@pytest.mark.parametrize("name", DEPTH)
+def test_exits_along_depth(tmp_path: Path, name: str) -> None:
+    data = network(3)
+    change, message = DEPTH[name]
+    change(data)
+    text = refusal(data, tmp_path / "dyn.pt")
+    assert re.search(message, text), text
+
+
 # -- operators ---------------------------------------------------------------------------------
 
 NEVER = """aten.from_file.default aten.save.default aten.warn.default aten.relu_.default

@@ -7,6 +7,7 @@ model, and prints how many computed something else.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from dataclasses import dataclass
@@ -17,15 +18,16 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 
-from s2d_compiler import DynamicModel, Plan
+from s2d_compiler import DynamicModel
 from s2d_compiler.compiler import compile_program
 from s2d_compiler.errors import FormatError, PlanError, VerifyError
 from s2d_compiler.format import from_data, to_data
+from s2d_compiler.plans import plan_from_dict
 from s2d_compiler.program import Program
 from s2d_compiler.tracing import capture
 from s2d_compiler.verification.verify import Expectation, verify_captured
 from tests.network_mutations import BENIGN, CLAIMS, MUTATIONS, Mutation, copied
-from tests.networks import seeded, settle
+from tests.networks import Drawn, seeded, settle
 from tests.odd_models import MODELS
 
 TRIES = int(os.environ.get("S2D_MUTANTS", "1"))
@@ -40,6 +42,11 @@ PLANS: list[dict[str, Any]] = [
     {"stages": 3, "groups": 8, "default": {"split": [4, 6], "concat": [[3, 1]]}, "order": "l1"},
     {"stages": 3, "groups": 8, "default": {"split": [2, 5], "concat": "all"}, "final": "original"},
 ]
+#: Exits along depth, of networks of these blocks.
+DEPTHS: dict[str, dict[str, Any]] = {
+    "residual+dense": {"exits": [0.3, 0.7], "head": ["branchynet", "linear"], "width": 3},
+    "transformer+transformer": {"exits": [0.4], "head": "branchynet-2"},
+}
 
 
 @dataclass
@@ -59,6 +66,20 @@ def _outputs(dyn: DynamicModel, inputs: tuple[torch.Tensor, ...]) -> list[torch.
                 if isinstance(v, torch.Tensor)]  # fmt: skip
 
 
+def _drawn(name: str) -> Drawn:
+    """A network of these blocks; for exits along depth a classifier."""
+    drawn = (seeded(seed, ["plain", *name.split("+")]) for seed in itertools.count(len(name)))
+    if name not in DEPTHS:
+        return next(drawn)
+    return next(d for d in drawn if _is_classifier(d))
+
+
+def _is_classifier(drawn: Drawn) -> bool:
+    with torch.no_grad():
+        output = drawn.model.eval()(drawn.batch(2).float())
+    return isinstance(output, torch.Tensor) and output.dim() == 2 and output.shape[1] > 1
+
+
 @cache
 def subject(name: str) -> Subject:
     if name in MODELS:
@@ -66,12 +87,12 @@ def subject(name: str) -> Subject:
         x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
         model = settle(MODELS[name]().double(), x).eval()
     else:
-        drawn = seeded(len(name), ["plain", *name.split("+")])
+        drawn = _drawn(name)
         x = drawn.batch(3, 0).double()
         model = settle(drawn.model.double(), x).eval()
     program = capture(model, (x,))
-    plan = PLANS[SUBJECTS.index(name) % len(PLANS)]
-    dyn = compile_program(program, Plan.from_dict(plan))
+    plan = DEPTHS.get(name) or PLANS[SUBJECTS.index(name) % len(PLANS)]
+    dyn = compile_program(program, plan_from_dict(plan))
     verify_captured(program, dyn)
     expectations = Expectation.all_of(program, dyn.plan)
     return Subject(program, to_data(dyn), expectations, (x,), _outputs(dyn, (x,)))
@@ -108,7 +129,7 @@ def mutants(subject: Subject, mutation: Mutation, seed: int) -> Any:
             yield what, data
 
 
-SUBJECTS = [*ODD, *("+".join(kinds) for kinds in KINDS)]
+SUBJECTS = [*ODD, *("+".join(kinds) for kinds in KINDS), *DEPTHS]
 
 
 @pytest.mark.parametrize("name", SUBJECTS)

@@ -182,19 +182,37 @@ class Depth:
 
     @cached_property
     def insides(self) -> tuple[ExitPlace, ...]:
-        """Places that are no cuts: values of one channel dimension with the positions of a
-        feature map. Values inside attentions and norms have two, or none."""
+        """Places that are no cuts, in order: values of one channel dimension with the positions
+        of a feature map, none of them inside an attention."""
+        attentions = self._attentions
         found = []
-        for node in self.on_the_way:
-            if node.op not in ("call_module", "call_function") or self._is_refused(node):
+        for node in self.program.nodes:
+            if node not in self.on_the_way or node.op not in ("call_module", "call_function"):
+                continue
+            if self._is_refused(node) or any(_lies_in(node, path) for path in attentions):
                 continue
             labels = self.channels.labels.get(node.name)
             if labels is None or sum(size > 1 for size in labels.shape) != 1:
                 continue
             if as_pixels(resolution(node, self._channel(node))) > 1:
-                found.append(node)
-        found.sort(key=self.order.__getitem__)
-        return tuple(self.place(node, is_cut=False) for node in found)
+                found.append(self.place(node, is_cut=False))
+        return tuple(found)
+
+    @cached_property
+    def _attentions(self) -> frozenset[str]:
+        """Paths of modules that multiply values with each other."""
+        return frozenset(
+            path_of(node)
+            for node in self.on_the_way
+            if node.op == "call_function"
+            and self.macs_of.get(node)
+            and sum(n in self.on_the_way for n in node.all_input_nodes) > 1
+        ) - {""}
+
+    def _joins(self, place: ExitPlace) -> bool:
+        """Whether values come together there, as at the end of blocks."""
+        operands = self.program.by_name[place.node].all_input_nodes
+        return sum(n in self.on_the_way for n in operands) > 1
 
     # -- one place ---------------------------------------------------------------------------------
 
@@ -345,12 +363,16 @@ class Depth:
         Raises:
             NoPlaceError: There is none.
         """
-        goal = fraction * self.total
+        goal, far = fraction * self.total, _NEAR * self.total
         found = _nearest(self.cuts, goal)
-        if found is None or abs(found.macs - goal) > _NEAR * self.total:
-            other = _nearest([p for p in self.insides if 0 < p.macs < self.total], goal)
-            if found is None or (other and abs(other.macs - goal) < abs(found.macs - goal)):
-                found = other
+        if found is None or abs(found.macs - goal) > far:
+            inside = [p for p in self.insides if 0 < p.macs < self.total]
+            for others in (list(filter(self._joins, inside)), inside):
+                other = _nearest(others, goal)
+                if other and (found is None or abs(other.macs - goal) < abs(found.macs - goal)):
+                    found = other
+                if found is not None and abs(found.macs - goal) <= far:
+                    break
         if found is None:
             raise NoPlaceError(
                 "the model has no value that an exit could read; name a module path instead"
@@ -402,6 +424,10 @@ class Depth:
                 found.setdefault(resolution(node, channel), macs)
             macs += self.macs_of.get(node, 0)
         return found
+
+
+def _lies_in(node: fx.Node, path: str) -> bool:
+    return path_of(node) == path or path_of(node).startswith(f"{path}.")
 
 
 def _nearest(places: Sequence[ExitPlace], goal: float) -> ExitPlace | None:

@@ -52,6 +52,7 @@ def evaluate_network(
     if plot is not None:
         check_plot(plot)
     network = load(dyn, read_device(device)).eval()
+    source.require_shape_of(dyn, network.parts.input_shapes)
     chosen = read_policy(policy, network.settings.policy)
     samples = data.samples(network)
     batches = _shown(samples, device, f"evaluating {dyn.name}", reporting)
@@ -61,7 +62,7 @@ def evaluate_network(
         batches = _shown(samples, device, f"evaluating {static.name}", reporting)
         accuracy = _accuracy(source.read(static).eval().to(device), batches)
     document: dict[str, Any] = {
-        "data": {"name": samples.data.name, "split": data.split, "samples": len(samples)},
+        "data": samples.data.name,
         "preprocessing": samples.preprocessing.to_dict(),
         **found.to_dict(),
         "static_accuracy": accuracy,
@@ -85,7 +86,7 @@ def _shown(
 
 def _short(samples: Samples) -> str:
     name = samples.data.name
-    return Path(name).name or name
+    return name if len(name) <= 50 else f"…{name[-49:]}"
 
 
 def _accuracy(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,9 @@ from s2d_compiler.output import check_writable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
+
+    from s2d_compiler.analysis.exit_places import Depth
 
 
 def inspect(
@@ -35,6 +39,7 @@ def inspect(
     write_plan: Annotated[Path | None, Parameter(show_default=False)] = None,
     force: bool = False,
     layers: bool = False,
+    places: bool = False,
     reporting: Reporting = REPORTING,
 ) -> Result:
     """Show what a plan may choose for a network, and write a plan to start from.
@@ -46,7 +51,9 @@ def inspect(
         write_plan: Write a plan to edit to this file.
         force: Replace the plan's file if there is one.
         layers: List every layer.
+        places: List the places for exits along depth ("exits" in a plan).
     """
+    from s2d_compiler.analysis.exit_places import Depth
     from s2d_compiler.inspecting import inspect_model
     from s2d_compiler.plan_rules import check_counts
 
@@ -64,6 +71,11 @@ def inspect(
     space = inspect_model(program, stages=stages, groups=groups)
     text: list[RenderableType] = [space.layer_table()] if layers else []
     text += [space.table(), space.remarks()]
+    document = space.to_dict()
+    if places:
+        found = Depth(program)
+        text.append(_place_table(found))
+        document["places"] = [asdict(place) for place in found.cuts]
     if write_plan is not None:
         space.starter_plan().save(write_plan)
         text.append(
@@ -71,4 +83,19 @@ def inspect(
             f"{source.as_options()}--splits {shlex.quote(str(write_plan))} -o dyn.pt"
         )
     written = None if write_plan is None else str(write_plan)
-    return Result({**space.to_dict(), "written": written}, text)
+    return Result({**document, "written": written}, text)
+
+
+def _place_table(depth: Depth) -> Table:
+    from rich.table import Table
+
+    table = Table(caption="an exit by fraction goes to the nearest; module paths go anywhere")
+    for title in ("depth", "module", "operator"):
+        table.add_column(title, overflow="fold")
+    for title in ("channels", "resolution", "MACs"):
+        table.add_column(title, justify="right", overflow="fold")
+    for place in depth.cuts:
+        share = f"{place.macs / depth.total:.3f}"
+        row = (share, place.path, place.operator, str(place.channels), place.resolution)
+        table.add_row(*row, f"{place.macs:,}")
+    return table

@@ -91,6 +91,19 @@ class ModelSource:
             [int(size) for size in self.input_shape.split("x")], "--input-shape"
         )
 
+    def require_shape_of(self, dyn: Path, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Require that the input shape, if one is given, is that of a compiled network.
+
+        Raises:
+            UsageError: It is another.
+        """
+        if self.shape is not None and tuple(shapes) != (self.shape,):
+            text = " and ".join("x".join(map(str, shape)) for shape in shapes)
+            raise UsageError(
+                f"--input-shape: {self.input_shape} is not what {dyn} takes, {text}; leave the "
+                "option out, or name the network that was compiled for that shape"
+            )
+
     @property
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments of the function that builds the network.

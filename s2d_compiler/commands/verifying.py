@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from s2d_compiler.commands.options import REPORTING, SOURCE, ModelSource, Reporting, Result
-from s2d_compiler.errors import UsageError
 
 
 def verify_network(
@@ -36,12 +35,7 @@ def verify_network(
     submodule = source.submodule
     if submodule is None and isinstance(staged.parts.made_by.get("submodule"), str):
         submodule = str(staged.parts.made_by["submodule"])
-    if source.shape is not None and staged.parts.input_shapes != (source.shape,):
-        shapes = " and ".join("x".join(map(str, s)) for s in staged.parts.input_shapes)
-        raise UsageError(
-            f"--input-shape: {source.input_shape} is not what {dyn} takes, {shapes}; leave the "
-            "option out, or name the network that was compiled for that shape"
-        )
+    source.require_shape_of(dyn, staged.parts.input_shapes)
     found = verify(replace(source, submodule=None).read(model), staged, submodule=submodule,
                    trained=trained)  # fmt: skip
     document = {

@@ -54,7 +54,8 @@ def open_cifar(kind: str, root: str, split: str | None) -> Arrays:
             f"{Path(known.url).name} so that they lie there (nothing is downloaded)"
         ) from error
     images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
-    return Arrays(place, images, torch.tensor(found.targets), found.classes)
+    name = f"{place} {split or 'test'}"
+    return Arrays(name, images, torch.tensor(found.targets), found.classes)
 
 
 def open_npz(path: str, split: str | None) -> Arrays:
@@ -81,7 +82,7 @@ def open_npz(path: str, split: str | None) -> Arrays:
     names = None
     if classes is not None and classes.ndim == 1 and classes.dtype.kind == "U":
         names = [str(name) for name in classes]
-    return Arrays(path, images, labels, names)
+    return Arrays(path if split is None else f"{path} {split}", images, labels, names)
 
 
 def _read(path: str, required: list[str]) -> dict[str, NDArray[Any]]:

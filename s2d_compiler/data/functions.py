@@ -102,7 +102,7 @@ def open_function(name: str, split: str | None) -> MapStyle:
             f"{name}: it returned a {type(dataset).__name__}, and not a data set with a length and "
             "items by index (torch.utils.data.Dataset); return one of these"
         )
-    return MapStyle(name, dataset, _class_names(dataset))
+    return MapStyle(name if split is None else f"{name} {split}", dataset, _class_names(dataset))
 
 
 def _class_names(dataset: Any) -> list[str] | None:

@@ -48,10 +48,10 @@ def open_data(spec: str, split: str | None = None) -> Data:
         bounds = [int(part) if part.lstrip("-") else None for part in match["range"].split(":")]
         if len(bounds) == 3 and bounds[2] == 0:
             raise UsageError(f"the split {split!r} has a step of 0; write another step, or none")
-        data = Selected(data, range(len(data))[slice(*bounds)])
+        chosen = range(len(data))[slice(*bounds)]
+        data = Selected(data, chosen, f"{data.name}[{match['range']}]")
     if not len(data):
-        part = f" (split {split})" if split else ""
-        raise DataError(f"{data.name}{part}: 0 images, and at least 1 is needed; name other data")
+        raise DataError(f"{data.name}: 0 images, and at least 1 is needed; name other data")
     return data
 
 

@@ -24,8 +24,8 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-#: No image is larger along a side.
-_LARGEST_SIDE = 2**16
+#: No image that a network takes is larger along a side; a file could otherwise ask for any memory.
+_LARGEST_SIDE = 2**13
 #: The weights of red, green and blue in a gray value (ITU-R BT.601, as Pillow and torchvision do).
 _LUMINANCE = (0.2989, 0.587, 0.114)
 

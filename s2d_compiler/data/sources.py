@@ -67,7 +67,8 @@ class Data(ABC):
         total = len(self)
         if count is None or count >= total:
             return self
-        return Selected(self, [index * total // count for index in range(count)])
+        chosen = [index * total // count for index in range(count)]
+        return Selected(self, chosen, f"{self.name} ({count} of {total})")
 
 
 class Arrays(Data):
@@ -107,10 +108,11 @@ class Selected(Data):
     Args:
         data: The others.
         indices: Which of them, in which order.
+        name: What messages and records call them.
     """
 
-    def __init__(self, data: Data, indices: Sequence[int]) -> None:
-        super().__init__(data.name, data.classes)
+    def __init__(self, data: Data, indices: Sequence[int], name: str) -> None:
+        super().__init__(name, data.classes)
         self.data = data
         self.indices = indices
         self.concurrent = data.concurrent

@@ -270,6 +270,7 @@ def _require_agreement(found: Any, outputs: list[Tensor], stage: Tensor) -> None
     at, off = int(stage[number]) + 1, float((found - expected)[number].abs().max())
     raise CheckError(
         f"sample {number} of a batch left at stage {at}, where predict and the stages by "
-        f"themselves differ by {off:.3g}, and they must agree; this is a defect of the compiler: "
-        "please report the model and the plan."
+        f"themselves differ by {off:.3g}, and they must agree. If samples of this network "
+        "depend on each other, evaluate it with --batch-size 1; otherwise this is a defect of the "
+        "compiler: please report the model and the plan."
     )

@@ -139,7 +139,7 @@ CASES: dict[str, Any] = {
         images=BYTES[:0], labels=LABELS[:0],
     ),
     "empty slice": opening(
-        "a.npz", "a.npz (split [5:])", "0 images", "at least 1 is needed", "name other data",
+        "a.npz", "a.npz[5:]", "0 images", "at least 1 is needed", "name other data",
         split="[5:]", make=lambda: numpy.savez("a.npz", images=BYTES, labels=LABELS),
     ),
     "no data": option(

@@ -6,6 +6,7 @@ never replaces a file: files of released formats are what users have.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from s2d_compiler import DynamicModel, Plan, transform
+from s2d_compiler import Deadline, DynamicModel, Plan, Thresholds, transform
+from s2d_compiler.calibration.results import Calibration
+from s2d_compiler.data import Preprocessing
 from s2d_compiler.format import VERSION
 from s2d_compiler.plan_rules import PLAN_VERSION
+from s2d_compiler.runtime import RunSettings, StageTimings, Timings
 
 HERE = Path(__file__).parent
 
@@ -63,6 +67,22 @@ class Convolutions(nn.Module):
         return self.head(y.mean((2, 3))), [F.max_pool2d(y, 2)]
 
 
+class Classifier(nn.Module):
+    """Two blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(6, 6, 3, stride=2), nn.ReLU())
+        self.third = nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU())
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.third(self.second(self.first(image)))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
 PLANS: dict[str, dict[str, Any]] = {
     "attention": {
         "stages": 3,
@@ -78,7 +98,43 @@ PLANS: dict[str, dict[str, Any]] = {
         "order": "l1",
         "final": "original",
     },
+    "depth": {"exits": ["first", "second"], "head": ["linear", "branchynet"], "seed": 3},
 }
+#: Which of them there are of each version: exits along depth came with the second.
+NAMES = {1: ("attention", "original"), 2: ("attention", "original", "depth")}
+MODELS = {"attention": Attention, "original": Convolutions, "depth": Classifier}
+#: Everything that can be stored about running, with one network.
+SETTINGS = RunSettings(
+    policy=Deadline(12.5, Thresholds((0.75, math.inf), "margin", (1.5, 1.0, 0.5))),
+    preprocessing=Preprocessing(
+        channels="rgb", resize=(6, 5), crop=4, mean=(0.5, 0.25), std=(0.5,), dtype="float64"
+    ),
+    timings=Timings((1, 8), (StageTimings((1.0, 4.0), (1.5, 6.0)),) * 3, {"device": "cpu"}),
+    calibration=Calibration(
+        target="least cost at an accuracy at most 1% below the last stage",
+        measure="margin",
+        unit="MACs",
+        costs=(100.0, 200.0, 300.0),
+        samples=50,
+        chosen_on=20,
+        measured_on=30,
+        exit_rates=(0.5, 0.0, 0.5),
+        exit_intervals=((0.25, 0.75), (0.0, 0.125), (0.25, 0.75)),
+        stage_accuracies=(0.5, 0.625, 0.75),
+        exit_accuracies=(1.0, None, 0.5),
+        accuracy=0.75,
+        drop=0.0,
+        mean_cost=200.0,
+        nan_confidences=(0, 0, 1),
+        gap=None,
+        confidence=0.9,
+        bound="a bound",
+        p_value=0.0625,
+        temperatures=({"temperature": 1.5},) * 3,
+        data="images.npz",
+        network="0" * 64,
+    ).to_dict(),
+)
 
 
 def settled(model: nn.Module) -> nn.Module:
@@ -98,7 +154,7 @@ def settled(model: nn.Module) -> nn.Module:
 def inputs(name: str) -> dict[str, Tensor]:
     """What the network is called with."""
     image = torch.randn(2, 2, 4, 4, dtype=torch.float64)
-    if name == "original":
+    if name != "attention":
         return {"image": image}
     return {"image": image, "mask": torch.randn(2, 1, 4, 4, dtype=torch.float64)}
 
@@ -106,10 +162,13 @@ def inputs(name: str) -> dict[str, Tensor]:
 def network(name: str) -> tuple[DynamicModel, dict[str, Tensor]]:
     """A staged network, and an input for it."""
     torch.manual_seed(0)
-    model = settled(Attention() if name == "attention" else Convolutions())
+    model = settled(MODELS[name]())
     example = inputs(name)
     mask = {key: value for key, value in example.items() if key != "image"}
-    return transform(model, PLANS[name], (example["image"],), example_kwargs=mask), example
+    dyn = transform(model, PLANS[name], (example["image"],), example_kwargs=mask)
+    if name == "depth":
+        dyn.settings = SETTINGS
+    return dyn, example
 
 
 def outputs(dyn: DynamicModel, example: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,7 +177,9 @@ def outputs(dyn: DynamicModel, example: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         for stage, value in enumerate(dyn(example["image"], **mask), start=1):
-            if isinstance(value, dict):
+            if isinstance(value, Tensor):
+                found[f"stage {stage}, 0"] = value
+            elif isinstance(value, dict):
                 found |= {f"stage {stage}, {key}": tensor for key, tensor in value.items()}
             else:
                 found |= {f"stage {stage}, 0": value[0], f"stage {stage}, 1, 0": value[1][0]}
@@ -127,7 +188,7 @@ def outputs(dyn: DynamicModel, example: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def main() -> None:
     """Write what is not there."""
-    for name in PLANS:
+    for name in NAMES[VERSION]:
         path = HERE / f"dyn-v{VERSION}-{name}.pt"
         if not path.exists():
             dyn, example = network(name)
