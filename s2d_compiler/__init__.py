@@ -8,6 +8,7 @@ from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import S2DError
 from s2d_compiler.format import load
 from s2d_compiler.inspecting import inspect_model
+from s2d_compiler.monitoring import Monitor
 from s2d_compiler.plan import Plan, Setting
 from s2d_compiler.runtime import Deadline, MacsBudget, Predictions, Thresholds
 from s2d_compiler.verification import Verification, verify
@@ -17,6 +18,7 @@ __all__ = [
     "DepthPlan",
     "DynamicModel",
     "MacsBudget",
+    "Monitor",
     "Plan",
     "Predictions",
     "S2DError",
