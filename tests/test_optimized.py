@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -158,6 +159,23 @@ def test_images_in_any_format_and_early_exits(small: DynamicModel) -> None:
     assert not fast(x.requires_grad_())[0].requires_grad
 
 
+def test_settings_go_with_it(small: DynamicModel) -> None:
+    dyn = copy.deepcopy(small)
+    dyn.settings = replace(dyn.settings, policy=Thresholds((0.0,)))
+    fast, x = dyn.optimized(), x_of((2, 3, 6, 6))
+    assert fast.settings == dyn.settings
+    assert fast.predict(x).stage.tolist() == [0, 0]
+
+
+def test_copies(small: DynamicModel) -> None:
+    x = x_of((2, 3, 6, 6))
+    for dyn, given in ((small, x), (copy.deepcopy(small).float(), x.float())):
+        fast = dyn.optimized()
+        copied = copy.deepcopy(fast)
+        assert difference(copied(given), fast(given)) == 0
+        assert copied.settings == fast.settings
+
+
 def test_training_the_network_does_not_change_its_optimised_form(small: DynamicModel) -> None:
     dyn = copy.deepcopy(small)
     fast, x = dyn.optimized(), x_of((2, 3, 6, 6))
@@ -225,6 +243,32 @@ def test_at_most_two_compilations(monkeypatch: pytest.MonkeyPatch, small: Dynami
         x = x_of((size, 3, 6, 6), seed=size)
         assert difference(fast(x), small(x)) < 1e-12
     assert len(made) == 4
+
+
+def test_a_stage_that_would_be_compiled_again_runs_uncompiled(
+    monkeypatch: pytest.MonkeyPatch, small: DynamicModel
+) -> None:
+    class FailOnRecompileLimitHit(Exception):
+        pass
+
+    made: list[int] = []
+
+    def frozen(stage: fx.GraphModule) -> Any:
+        def run(*inputs: Tensor) -> Any:
+            made.append(len(inputs[0]))
+            if len(inputs[0]) != 3:
+                raise FailOnRecompileLimitHit
+            return stage(*inputs)
+
+        return run
+
+    monkeypatch.setattr(backends, "frozen", frozen)
+    monkeypatch.setattr(pipeline, "why_not", lambda *arguments: None)
+    fast = small.optimized(backend="inductor")
+    for size in (3, 4, 3, 5):
+        x = x_of((size, 3, 6, 6))
+        assert difference(fast(x), small(x)) < 1e-12
+    assert made == [3, 3, 4, 4]
 
 
 class TwoNorms(nn.Module):

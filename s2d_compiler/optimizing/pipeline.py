@@ -75,7 +75,7 @@ def optimize(
     kept = {f.name: getattr(parts, f.name) for f in dataclasses.fields(parts)}
     kept.pop("channels_last", None)
     made = OptimizedModel(runnable, RunningParts(**kept, channels_last=is_image), backend)
-    made.settings = dataclasses.replace(network.settings, timings=None)
+    made.settings = network.settings
     return made
 
 
