@@ -286,7 +286,10 @@ CASES: dict[str, Case] = {
         "exit_rates", [0.5], "a list stands", "3 numbers belong", AGAIN
     ),
     "stored intervals": stored(
-        "exit_intervals", [[0.1, 0.2]], "1 intervals", "of 3 stages", AGAIN
+        "exit_intervals", [[0.1, 0.2]], "1 entries", "for 3 stages", AGAIN
+    ),
+    "stored measure": stored(
+        "measure", "sureness", "'sureness'", "is not what is measured", AGAIN
     ),
     # the command
     "times on a command line": command(
