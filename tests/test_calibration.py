@@ -85,7 +85,7 @@ def test_probabilities_in_place_of_logits_are_warned_of(caplog: pytest.LogCaptur
     dyn = classifier(softmax=True)
     with caplog.at_level(logging.WARNING):
         record(dyn, [samples(DYN)])
-    assert "take the softmax out of the network" in caplog.text
+    assert "take the softmax or sigmoid out of the network" in caplog.text
     caplog.clear()
     record(DYN, [samples(DYN)])
     assert not caplog.text
@@ -380,6 +380,25 @@ def test_a_refused_command_writes_nothing(
     assert main([*given, "--scale", "1"]) == 2
     assert capsys.readouterr().err.count("s2d: ") == 1
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == there
+
+
+def test_thresholds_are_stored_with_the_network_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files(tmp_path)
+    before = load("dyn.pt").state_dict()
+    data = Path("data.npz").read_bytes()
+    given = ["calibrate", "dyn.pt", "--data", "data.npz", "--scale", "1", "--target", "macs=80%"]
+    assert main([*given, "--records", "r.npz", "-o", "dyn.pt"]) == 0
+    dyn = load("dyn.pt")
+    assert dyn.settings.policy is not None
+    assert all(torch.equal(value, before[name]) for name, value in dyn.state_dict().items())
+    capsys.readouterr()
+    for other, what in ("data.npz", "the data"), ("r.npz", "the records"):
+        assert main([*given, "--records", "r.npz", "-o", other]) == 2
+        assert f"{other} is {what} itself" in capsys.readouterr().err
+    assert Path("data.npz").read_bytes() == data
 
 
 def test_records_of_more_bytes_than_there_can_be_are_not_unpacked(

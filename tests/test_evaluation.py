@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from s2d_compiler import DynamicModel, Plan, cli, load, transform
+from s2d_compiler.calibration import calibrate, record
 from s2d_compiler.commands.options import ModelSource
 from s2d_compiler.commands.policy_options import read_policy
 from s2d_compiler.data import Preprocessing, batches, open_data
@@ -152,6 +153,50 @@ def test_nan_is_counted_and_never_right() -> None:
 def test_one_logit_is_two_classes() -> None:
     logits = torch.tensor([[2.0], [-1.0], [0.5]])
     assert right_of(logits, torch.tensor([1, 0, 0])).tolist() == [True, True, False]
+
+
+class Odd(nn.Module):
+    """One logit without a column, of an image and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Linear(17, 1)
+
+    def forward(self, x: Tensor, number: Tensor) -> Tensor:
+        pooled = self.first(x).relu().mean((2, 3))
+        out: Tensor = self.second(torch.cat([pooled, number], 1)).squeeze(1)
+        return out
+
+
+def test_one_logit_without_a_column_and_two_inputs_from_records_to_accuracy() -> None:
+    """``calibrate``, ``predict`` and ``evaluate`` read the same outputs in the same way."""
+    images, labels = samples(2)
+    inputs = (images, torch.randn(SAMPLES, 1, generator=torch.Generator().manual_seed(4)))
+    plan = {"stages": 3, "groups": 8, "default": {"split": [4, 6], "concat": "all"}}
+    dyn = transform(Odd().eval(), plan, inputs)
+    found = calibrate(dyn, record(dyn, [(inputs, labels)]), "macs=70%")
+    policy = dyn.settings.policy
+    assert policy is not None
+    said = evaluate(dyn, [(inputs, labels)], policy)
+    shares = [stage.leaving / SAMPLES for stage in said.stages if stage.leaving is not None]
+    assert shares == pytest.approx(found.exit_rates)
+    right = (dyn.predict(inputs, policy).output > 0).long() == labels
+    assert said.accuracy == pytest.approx(float(right.double().mean()))
+    assert said.macs == pytest.approx(found.mean_cost)
+
+
+@pytest.mark.parametrize("last", [nn.Softmax(1), nn.Sigmoid()], ids=["softmax", "sigmoid"])
+def test_probabilities_are_warned_of(last: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    classes = 1 if isinstance(last, nn.Sigmoid) else 4
+    layers = [nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, classes), last]
+    model = nn.Sequential(*layers).eval()
+    plan = {"stages": 2, "groups": 4, "default": {"split": [2], "concat": "all"}}
+    evaluate(transform(model, plan, (torch.zeros(1, 3, 8, 8),)), in_batches(20, 2))
+    assert "take the softmax or sigmoid out" in caplog.text
+    caplog.clear()
+    evaluate(network(), in_batches(20))
+    assert "probabilities" not in caplog.text
 
 
 def test_what_is_no_classifier() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from s2d_compiler import DynamicModel, MacsBudget, Thresholds, load, transform
 from s2d_compiler.errors import InputShapeError, PlanError, PolicyError, UsageError
-from s2d_compiler.runtime import MEASURES, Policy
+from s2d_compiler.runtime import MEASURES, Policy, measure_values
 from tests.networks import Drawn, networks, settle
 from tests.plans import plans
 from tests.slow_predict import Slow, assert_same, evaluate, first_leaf_certainty
@@ -171,6 +171,29 @@ def test_anytime_gives_every_stage(dyn: DynamicModel) -> None:
         assert predictions.stage.tolist() == [number] * 3
         two = output.softmax(1).topk(2).values
         torch.testing.assert_close(predictions.confidence, two[:, 0] - two[:, 1])
+
+
+class Named(Classifier):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"logits": super().forward(x)}
+
+
+def test_anytime_without_logits_answers_and_says_nothing_of_certainty() -> None:
+    dyn = transform(settle(Named(), images(32, 1)), {**PLAN, "input_shape": [3, 6, 6]})
+    x = images(3)
+    for predictions, output in zip(dyn.anytime(x), dyn(x), strict=True):
+        torch.testing.assert_close(predictions.output["logits"], output["logits"])
+        assert predictions.confidence.isnan().all()
+    with pytest.raises(PolicyError, match="returns a dict"):
+        list(dyn.anytime(x, measure="margin"))
+
+
+def test_single_logits_need_no_column() -> None:
+    logits = torch.tensor([-3.0, 0.5, 2.0])
+    for name in MEASURES:
+        wanted = measure_values(name, torch.stack([logits, torch.zeros(3)], 1))
+        torch.testing.assert_close(measure_values(name, logits), wanted)
+    assert torch.allclose(measure_values("confidence", logits)[0], torch.tensor(3.0).sigmoid())
 
 
 def test_what_is_no_number_never_leaves_early_and_is_counted(dyn: DynamicModel) -> None:

@@ -241,7 +241,7 @@ def _temperatures(records: Records, rows: Integers) -> tuple[Temperature, ...]:
     if records.logits is None:
         raise CalibrationError(
             f"records of {records.data}: they hold no logits, which temperatures are fitted on; "
-            "record again with --temperature."
+            "record again with --temperature, into another file."
         )
     return tuple(fit_temperature(exit[rows], records.labels[rows]) for exit in records.logits)
 

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from s2d_compiler.calibration.records import Records, fingerprint
 from s2d_compiler.errors import CalibrationError
-from s2d_compiler.runtime.measures import MEASURES, measure_values
+from s2d_compiler.runtime.measures import (
+    MEASURES,
+    PROBABILITIES,
+    are_probabilities,
+    measure_values,
+)
 
 if TYPE_CHECKING:
     from s2d_compiler.dynamic import DynamicModel
@@ -22,7 +27,7 @@ log = logging.getLogger(__name__)
 
 def record(
     dyn: DynamicModel,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Any, Tensor]],
     *,
     data: str = "the given batches",
     preprocessing: Mapping[str, Any] | None = None,
@@ -34,7 +39,8 @@ def record(
 
     Args:
         dyn: The staged network, a classifier.
-        batches: Inputs (n, ...) as the network takes them, and labels (n,) from 0.
+        batches: Inputs (n, ...) as the network takes them, a tuple where there are several, and
+            labels (n,) from 0.
         data: Where they come from, for messages and to be stored.
         preprocessing: What was done to them, to be stored.
         logits: Keep the logits, which fitting temperatures takes; N * C * s * 4 bytes.
@@ -50,16 +56,14 @@ def record(
         with torch.no_grad():
             for inputs, labels in batches:
                 if len(labels):
-                    parts.append(_Part(dyn(inputs), labels, data, keep=logits))
+                    given = inputs if isinstance(inputs, tuple) else (inputs,)
+                    parts.append(_Part(dyn(*given), labels, data, keep=logits))
     finally:
         dyn.train(was_training)
     if not parts:
         raise CalibrationError(f"{data}: there are no samples; give some to calibrate with.")
     if all(part.are_probabilities for part in parts):
-        log.warning(
-            "the exits return probabilities (no negative numbers, sums of 1), and measures are of "
-            "logits: confidences come out too even; take the softmax out of the network"
-        )
+        log.warning(PROBABILITIES)
     return Records(
         labels=np.concatenate([part.labels for part in parts]),
         predictions=np.concatenate([part.predictions for part in parts]),
@@ -88,7 +92,7 @@ class _Part:
         self.predictions = np.where(unknown, -1, _columns([_classes(e) for e in exits]))
         self.predictions = self.predictions.astype(np.int64)
         self.logits = np.stack([e.float().cpu().numpy() for e in exits]) if keep else np.empty(0)
-        self.are_probabilities = all(_are_probabilities(e) for e in exits)
+        self.are_probabilities = all(are_probabilities(e) for e in exits)
 
 
 def _logits(output: Any, stage: int, labels: Tensor) -> Tensor:
@@ -132,10 +136,3 @@ def _columns(values: list[Tensor]) -> Any:
 
 def _classes(logits: Tensor) -> Tensor:
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
-
-
-def _are_probabilities(logits: Tensor) -> bool:
-    if logits.shape[1] == 1:
-        return bool(((logits >= 0) & (logits <= 1)).all())
-    near_one = (logits.sum(1) - 1).abs() < 1e-3
-    return bool((logits >= 0).all() and near_one.all())

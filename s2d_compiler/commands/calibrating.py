@@ -51,8 +51,7 @@ def calibrate_network(
         target: drop=0.5% (of accuracy; against=93.2% after a comma compares with that in place of
             the last stage), macs=60% (of the last stage's; a mean), macs=2e8, ms=3.5, reward=-0.06
             (S2DNAS), or enas4d=2e8 (its target cost; omega=0.09 after a comma).
-        output: The file to write, dyn.pt itself if you like: its network stays as it is. Without
-            it, nothing is stored.
+        output: The file to write; without it, nothing is stored.
         confidence: Promise the drop or the mean budget on new samples of the same distribution
             with this probability, such as 0.95. Without it, thresholds are fitted only.
         measure: confidence, entropy or margin.
@@ -70,8 +69,8 @@ def calibrate_network(
     parsed = parse_target(target)
     times = None if milliseconds is None else _times(milliseconds)
     if output is not None:
-        if records is not None:
-            require_other_file(output, {"the file of records": records})
+        inputs = {"the data": source.data, "the records": records}
+        require_other_file(output, {name: Path(p) for name, p in inputs.items() if p is not None})
         check_writable(output)
     staged = load(dyn)
     recorded, note = _recorded(staged, source, records, temperature, reporting)

@@ -168,5 +168,5 @@ def _next(dyn: DynamicModel, output: Path) -> str:
         )
     return (
         f"{who}.\nNext: fine-tune {output} on your data, with the sum of the stages' "
-        "cross-entropies as loss; examples/digits.py shows how."
+        "losses (cross-entropy for a classifier); examples/digits.py shows how."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,11 +13,18 @@ from torch import Tensor
 
 from s2d_compiler.errors import CheckError, DataError
 from s2d_compiler.evaluation.trade_off import TradeOff, trade_off
-from s2d_compiler.runtime.measures import function_values, measure_values
+from s2d_compiler.runtime.measures import (
+    PROBABILITIES,
+    are_probabilities,
+    function_values,
+    measure_values,
+)
 from s2d_compiler.runtime.policies import Policy, Thresholds, policy_to_dict, thresholds_of
 
 if TYPE_CHECKING:
     from s2d_compiler.dynamic import StagedNetwork
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Evaluation", "StageResult", "evaluate", "interval", "require_logits", "right_of"]
 
@@ -100,7 +108,7 @@ class Evaluation:
 
 def evaluate(
     network: StagedNetwork,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Any, Tensor]],
     policy: Policy | None = None,
     check_labels: Callable[[Tensor, int], None] | None = None,
 ) -> Evaluation:
@@ -111,7 +119,8 @@ def evaluate(
 
     Args:
         network: In evaluation mode.
-        batches: Inputs, and labels ``(n,)``, on the network's device.
+        batches: Inputs, a tuple where there are several, and labels ``(n,)``, on the network's
+            device.
         policy: Who leaves where; None: only the exits by themselves.
         check_labels: Called with labels and the number of classes; refuses what does not fit.
 
@@ -140,22 +149,24 @@ class _Measured:
         self.macs = 0
         self.undefined = 0
         self.samples = 0
+        self.are_probabilities = True
 
-    def add(
-        self, inputs: Tensor, labels: Tensor, check: Callable[[Tensor, int], None] | None
-    ) -> None:
-        outputs = [require_logits(output, len(labels)) for output in self.network(inputs)]
+    def add(self, inputs: Any, labels: Tensor, check: Callable[[Tensor, int], None] | None) -> None:
+        given = inputs if isinstance(inputs, tuple) else (inputs,)
+        outputs = [require_logits(output, len(labels)) for output in self.network(*given)]
         if check is not None:
             check(labels, max(2, outputs[0].shape[1]))
         self.samples += len(labels)
+        self.are_probabilities &= all(are_probabilities(output) for output in outputs)
         self.values.append(_values(outputs, self.policy))
         self.correct.append(torch.stack([right_of(o, labels) for o in outputs], 1).cpu())
         if self.policy is None:
             return
         found = self.network.predict(inputs, self.policy)
-        _require_agreement(found.output, outputs, found.stage)
+        output = require_logits(found.output, len(labels))
+        _require_agreement(output, outputs, found.stage)
         count = len(outputs)
-        right = right_of(found.output, labels)
+        right = right_of(output, labels)
         self.leaving += torch.bincount(found.stage, minlength=count).cpu()
         self.right += torch.bincount(found.stage[right], minlength=count).cpu()
         self.macs += int(found.macs.sum())
@@ -164,6 +175,8 @@ class _Measured:
     def result(self) -> Evaluation:
         if not self.samples:
             raise DataError("the data have 0 samples, and at least 1 is needed; name other data")
+        if self.are_probabilities:
+            log.warning(PROBABILITIES)
         correct = torch.cat(self.correct)
         has_policy = self.policy is not None
         stages = tuple(
@@ -196,12 +209,14 @@ class _Measured:
 
 
 def require_logits(output: Any, samples: int) -> Tensor:
-    """A classifier's output for so many samples.
+    """A classifier's output (N, C) for so many samples; of single logits (N,) as (N, 1).
 
     Raises:
         DataError: It is something else.
     """
     what = f"a {type(output).__name__}"
+    if isinstance(output, Tensor) and output.ndim == 1:
+        output = output.unsqueeze(1)
     if isinstance(output, Tensor):
         shape = tuple(output.shape)
         if output.is_floating_point() and len(shape) == 2 and shape[0] == samples and shape[1]:
@@ -209,7 +224,7 @@ def require_logits(output: Any, samples: int) -> Tensor:
         what = f"a tensor of shape {shape} and type {output.dtype}"
     raise DataError(
         f"the network's exits return {what} for {samples} samples, and accuracy is that of a "
-        f"classifier with logits (N, C); evaluate such a network from Python"
+        f"classifier with logits (N, C); run such a network from Python, with dyn.predict"
     )
 
 

@@ -89,7 +89,7 @@ class Engine:
     ) -> Iterator[Predictions]:
         """See ``StagedNetwork.anytime``."""
         network = self._network()
-        policy = Thresholds((), measure)
+        policy = _NEVER if measure == "confidence" else Thresholds((), measure)
         given = self._given(inputs, keywords)
         return self._anytime(network, given, policy)
 
@@ -230,11 +230,12 @@ class Engine:
         temperature = 1.0 if thresholds.temperatures is None else thresholds.temperatures[number]
         values = measure_values(measure, output, temperature)
         if number < len(thresholds.values):
-            bound, most = thresholds.values[number], largest_value(measure, output.shape[1])
+            classes = output.shape[1] if output.ndim > 1 else 1
+            bound, most = thresholds.values[number], largest_value(measure, classes)
             if bound > most * _ROUNDING and bound != torch.inf:
                 raise PolicyError(
                     f"thresholds: {bound!r} at stage {number + 1} is above the largest {measure} "
-                    f"of {output.shape[1]} classes ({most:.6g}); give a value up to it."
+                    f"of {classes} classes ({most:.6g}); give a value up to it."
                 )
         return values
 
@@ -358,7 +359,7 @@ def _samples(given: tuple[Any, ...]) -> int:
 def _has_logits(output: Any, samples: int) -> bool:
     return (
         isinstance(output, Tensor)
-        and output.ndim >= 2
+        and output.ndim >= 1
         and output.is_floating_point()
         and output.shape[0] == samples
     )

@@ -22,6 +22,12 @@ Function = Callable[[Any], Tensor]
 LARGER_IS_CERTAIN = {"confidence": True, "entropy": False, "margin": True}
 #: The measures by name.
 MEASURES = tuple(LARGER_IS_CERTAIN)
+#: What is said where ``are_probabilities`` holds of all that a network returned.
+PROBABILITIES = (
+    "the exits return probabilities (no negative numbers, sums of 1, or single numbers from 0 to "
+    "1), and measures are of logits: confidences come out too even, and a single number is taken "
+    "for class 1 whenever it is above 0; take the softmax or sigmoid out of the network"
+)
 
 
 def measure_values(name: str, logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -31,12 +37,13 @@ def measure_values(name: str, logits: Tensor, temperature: float = 1.0) -> Tenso
     - ``"entropy"``: of the probabilities, in nats, from 0 to ln C; *smaller* is more certain;
     - ``"margin"``: the largest probability less the second largest, from 0 to 1.
 
-    Probabilities are the softmax over dimension 1; of a single logit, its sigmoid and the rest.
-    Outputs with further dimensions (maps of logits) give the mean over their positions.
+    Probabilities are the softmax over dimension 1; of a single logit, (N, 1) or (N,), its sigmoid
+    and the rest. Outputs with further dimensions (maps of logits) give the mean over their
+    positions.
 
     Args:
         name: One of ``MEASURES``.
-        logits: (N, C) or (N, C, ...).
+        logits: (N, C), (N, C, ...), or (N,) as (N, 1).
         temperature: What logits are divided by.
 
     Returns:
@@ -50,12 +57,14 @@ def measure_values(name: str, logits: Tensor, temperature: float = 1.0) -> Tenso
             f"measure: {name!r} is none; take one of {', '.join(MEASURES)}, or a function of the "
             "stage's output."
         )
-    if not isinstance(logits, Tensor) or logits.ndim < 2 or not logits.is_floating_point():
+    if not isinstance(logits, Tensor) or not logits.ndim or not logits.is_floating_point():
         raise PolicyError(
             f"measure {name!r}: the exit returns {_described(logits)}, and only logits (N, C) have "
             "one; hand in measure=, a function from the output to (N,) numbers of which larger "
-            "ones are more certain."
+            "ones are more certain: Thresholds(values, measure=function)."
         )
+    if logits.ndim == 1:
+        logits = logits.unsqueeze(1)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     if temperature != 1.0:
@@ -80,6 +89,16 @@ def _values(name: str, logits: Tensor) -> Tensor:
 def largest_value(name: str, classes: int) -> float:
     """The largest value that a measure takes with so many classes."""
     return math.log(max(classes, 2)) if name == "entropy" else 1.0
+
+
+def are_probabilities(output: Tensor) -> bool:
+    """Whether a classifier's output (N, C) looks like probabilities in place of logits.
+
+    Measures of probabilities come out too even, and a sigmoid's number is above 0 whatever it says.
+    """
+    if output.shape[1] == 1:
+        return bool(((output >= 0) & (output <= 1)).all())
+    return bool((output >= 0).all() and ((output.sum(1) - 1).abs() < 1e-3).all())
 
 
 def function_values(function: Function, output: Any, samples: int) -> Tensor:

@@ -44,7 +44,7 @@ CASES: dict[str, Any] = {
     ),
     "no classifier": Case(
         lambda folder: require_logits({"out": 1}, 2), DataError, "the network's exits", "a dict",
-        "accuracy is that of a classifier with logits", "evaluate such a network from Python",
+        "accuracy is that of a classifier with logits", "run such a network from Python",
     ),
     "disagreement": Case(
         disagreeing, CheckError, "sample 1 of a batch left at stage 2", "differ by 1",

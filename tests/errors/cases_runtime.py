@@ -54,7 +54,7 @@ def in_training(folder: Path) -> object:
 
 
 def no_logits(folder: Path) -> object:
-    return measure_values("margin", torch.zeros(3))
+    return measure_values("margin", torch.tensor(3.0))
 
 
 def by_function(folder: Path) -> object:
@@ -99,7 +99,7 @@ CASES = {
         no_logits,
         PolicyError,
         "measure 'margin'",
-        "a tensor of shape (3,)",
+        "a tensor of shape ()",
         "only logits (N, C) have one",
         "hand in measure=, a function",
     ),
