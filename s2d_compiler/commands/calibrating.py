@@ -69,7 +69,8 @@ def calibrate_network(
     parsed = parse_target(target)
     times = None if milliseconds is None else _times(milliseconds)
     if output is not None:
-        require_other_file(output, {"the network": dyn})
+        inputs = {"the network": dyn, "the data": Path(source.data or "")}
+        require_other_file(output, inputs | ({} if records is None else {"the records": records}))
         check_writable(output)
     staged = load(dyn)
     recorded, note = _recorded(staged, source, records, temperature, reporting)
@@ -123,6 +124,7 @@ def _recorded(
                 f"--records: {path} holds records of {records.data}, and --data names "
                 f"{_name(source)}; leave --data out to use them, or name another file"
             )
+        _require_as_recorded(records, source, path)
         return records, f"read from {path}"
     if path is not None:
         check_writable(path)
@@ -140,6 +142,25 @@ def _recorded(
         return records, "not kept (--records FILE keeps them for other targets)"
     records.save(path)
     return records, f"written to {path}"
+
+
+def _require_as_recorded(records: Records, source: DataSource, path: Path) -> None:
+    """Refuse options about images that records do not follow."""
+    from s2d_compiler.data import Preprocessing
+
+    what = None
+    if source.data is None and (source.split is not None or source.limit is not None):
+        what = "a part of the data (--split, --limit)"
+    stored = None
+    if records.preprocessing is not None:
+        stored = Preprocessing.from_dict(dict(records.preprocessing), f"{path}: preprocessing")
+    if source.preprocessing(stored) != (stored or Preprocessing()):
+        what = "another preprocessing"
+    if what is not None:
+        raise UsageError(
+            f"--records: {path} is there already and read, and {what} is named; leave these "
+            "options out, or name another file, which records anew"
+        )
 
 
 def _name(source: DataSource) -> str:
