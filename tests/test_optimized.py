@@ -267,3 +267,12 @@ def test_what_has_no_batch_is_not_added_as_if_it_had_one() -> None:
             x = x_of((count, 3, 6, 6)).float()
             with torch.no_grad():
                 torch.testing.assert_close(fast(x), dyn(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not fuse_onednn.is_available(), reason="this torch has no such operators")
+def test_the_optimised_form_can_be_copied(small: DynamicModel) -> None:
+    fast = copy.deepcopy(small).float().optimized(backend="onednn")
+    x = x_of((3, 3, 6, 6)).float()
+    for other in (copy.deepcopy(fast), copy.deepcopy([fast])[0], fast.to("cpu")):
+        assert torch.equal(other(x)[-1], fast(x)[-1])
+        assert other.predict(x, Thresholds((0.5,))).stage.shape == (3,)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, validators
 
-from s2d_compiler.commands.data_options import DATA, DataSource
+from s2d_compiler.commands.data_options import DATA, DataSource, Samples
 from s2d_compiler.commands.options import REPORTING, Reporting, Result, require_other_file
 from s2d_compiler.commands.progress import progress
 from s2d_compiler.errors import UsageError
@@ -130,6 +130,7 @@ def _recorded(
         check_writable(path)
     samples = source.samples(staged)
     device = next((p.device for p in staged.parameters()), "cpu")
+    _require_classes(staged, samples, device)
     total = math.ceil(len(samples) / samples.batch_size)
     records = record(
         staged,
@@ -142,6 +143,22 @@ def _recorded(
         return records, "not kept (--records FILE keeps them for other targets)"
     records.save(path)
     return records, f"written to {path}"
+
+
+def _require_classes(staged: DynamicModel, samples: Samples, device: Any) -> None:
+    """Refuse data of another number of classes, by their first batch."""
+    import torch
+
+    from s2d_compiler.data.loading import require_classes
+    from s2d_compiler.tracing import evaluation_mode
+
+    if samples.data.classes is None:
+        return
+    inputs, labels = next(samples.batches(device))
+    with torch.no_grad(), evaluation_mode(staged):
+        output = next(iter(staged.exits(inputs)))
+    if isinstance(output, torch.Tensor) and output.ndim == 2:  # record refuses others
+        require_classes(samples.data, labels, max(output.shape[1], 2))
 
 
 def _require_as_recorded(records: Records, source: DataSource, path: Path) -> None:

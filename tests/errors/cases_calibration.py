@@ -28,6 +28,7 @@ from s2d_compiler.calibration.promises import require_samples
 from s2d_compiler.commands import running
 from s2d_compiler.errors import (
     CalibrationError,
+    DataError,
     FormatError,
     OutputError,
     S2DError,
@@ -101,6 +102,8 @@ def command(error: type[S2DError], words: str, *parts: str) -> Case:
     def trigger(folder: Path) -> object:
         files(folder)
         found().save("r.npz")
+        with np.load("data.npz") as arrays:
+            np.savez("named.npz", **arrays, classes=np.array(["a", "b"]))
         with mock.patch.object(running, "_fail", raising):
             return cli.main(["calibrate", "dyn.pt", *words.split()])
 
@@ -322,6 +325,10 @@ CASES: dict[str, Case] = {
     "over the data": command(
         OutputError, "--target reward --data data.npz -o data.npz", "data.npz", "data.npz",
         "is the data itself", "name another file to write",
+    ),
+    "data of other classes": command(
+        DataError, "--target reward --data named.npz", "named.npz", "2 classes (a, b)",
+        "the network tells 4 apart", "give data of the classes",
     ),
     "records of other data": command(
         UsageError, "--target reward --records r.npz --data data.npz", "--records", "drawn",

@@ -313,6 +313,12 @@ CASES = {
         "no file can hold",
         "hand the policy to predict",
     ),
+    "a calibration that is no plain data": of_file(
+        put("settings", "calibration", {"accuracy": float("nan")}),
+        "settings.calibration",
+        "there is more in it",
+        "than plain data",
+    ),
     "a policy of another kind": of_file(
         put("settings", "policy", "kind", "luck"),
         "settings.policy.kind",
