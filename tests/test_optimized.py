@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from passes import fuse_onednn
 from passes.base import Pass
 from passes.fold_norms import FoldNorms
 from passes.remove_identities import RemoveIdentities
@@ -308,3 +309,33 @@ def test_a_norm_over_tokens_is_not_folded() -> None:
     fast = optimize_static(program, inputs=[x])
     assert any(isinstance(m, nn.BatchNorm1d) for m in fast.modules())
     assert difference(pytree.tree_leaves(fast(x)), [model(x)]) < 1e-12
+
+
+@pytest.mark.skipif(not fuse_onednn.is_available(), reason="this torch has no such operators")
+def test_what_has_no_batch_is_not_added_as_if_it_had_one() -> None:
+    class Placed(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Parameter(torch.randn(1, 8, 6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.conv1(x) + self.places)
+            x = self.conv2(x) + (self.places + self.places.flip(1))
+            return self.fc(x.mean((2, 3)))
+
+    dyn = transform(Placed().eval(), {**TWO, "input_shape": [3, 6, 6]})
+    for examples in (None, [torch.zeros(1, 3, 6, 6)]):
+        fast = dyn.optimized(backend="onednn", examples=examples)
+        for count in (1, 3):
+            x = x_of((count, 3, 6, 6)).float()
+            with torch.no_grad():
+                torch.testing.assert_close(fast(x), dyn(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not fuse_onednn.is_available(), reason="this torch has no such operators")
+def test_the_optimised_form_can_be_copied(small: DynamicModel) -> None:
+    fast = copy.deepcopy(small).float().optimized(backend="onednn")
+    x = x_of((3, 3, 6, 6)).float()
+    for other in (copy.deepcopy(fast), copy.deepcopy([fast])[0], fast.to("cpu")):
+        assert torch.equal(other(x)[-1], fast(x)[-1])
+        assert other.predict(x, Thresholds((0.5,))).stage.shape == (3,)

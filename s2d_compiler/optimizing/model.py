@@ -86,6 +86,31 @@ class OptimizedModel(StagedNetwork):
             )
         return super().train(False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What ``to``, ``double`` and their like do to tensors; packed weights stay what they are.
+
+        Raises:
+            UsageError: Weights are packed, and would be of another type or elsewhere.
+        """
+        if self.backend != "onednn":
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        found = fn(torch.zeros(1))
+        if found.dtype != torch.float32 or found.device.type != "cpu":
+            raise UsageError(
+                f"to: weights that are packed for oneDNN cannot become {found.dtype} on "
+                f"{found.device}; convert the network that it was made of, and call its "
+                "optimized() again."
+            )
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
+        """Another one over the same stages, which nothing changes; packed weights have no copy."""
+        assert isinstance(self.parts, RunningParts)
+        made = OptimizedModel(list(self.stages), self.parts, self.backend)
+        made.settings = self.settings
+        memo[id(self)] = made
+        return made
+
     def save(self, path: object) -> NoReturn:
         """Refused.
 
