@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 # One test process per core, and one thread in each: the tests mostly trace graphs in Python.
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
-.PHONY: help venv lint test fuzz mutants zoo zoo-table errors-page compile-time faults demo clean
+.PHONY: help venv lint test fuzz mutants zoo zoo-table errors-page calibration compile-time timing faults demo clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -57,9 +57,21 @@ zoo-table: $(STAMP) ## docs/zoo.md: torchvision and timm compiled and proven (ho
 errors-page: $(STAMP) ## docs/errors.md, from the docstrings of the errors
 	$(BIN)/python -m docs.errors_page
 
+calibration: $(STAMP) ## The figures of docs/calibration.md: brute force, time, broken promises (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.calibration solve
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.calibration promises
+
 compile-time: $(STAMP) ## docs/compile-time.md: the compiler's own time and memory, beside Torch-Pruning
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]' --constraint constraints.txt
 	$(BIN)/python -m benchmarks.compile_time --write docs/compile-time.md
+
+timing: $(STAMP) ## docs/early-exit-time.md, docs/against-earlyon.md, figures of docs/running.md (an hour, quiet machine)
+	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]' --constraint constraints.txt
+	$(BIN)/python -m benchmarks.early_exit
+	$(BIN)/python -m benchmarks.against_earlyon --write docs/against-earlyon.md
+	$(BIN)/python -m benchmarks.running overhead
+	$(BIN)/python -m benchmarks.running memory
+	$(BIN)/python -m benchmarks.running deadline
 
 faults: $(STAMP) ## Interruptions at every line of the writing and at hundreds of random moments
 	S2D_FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) \

@@ -106,15 +106,21 @@ def main(
         measure: Whether to make rows.
     """
     torch.set_num_threads(threads)
-    if measure:
-        for name in models:
+    failed = []
+    for name in models if measure else ():
+        try:
             _measure_model(
                 name, reuse, batch, backends, name in inductor_models, rounds, seconds, results
             )
+        except Exception as error:  # the other networks' rows are worth having
+            console.print_exception(max_frames=4)
+            failed.append(f"{name}: {type(error).__name__}")
     rows = read_rows(results)
     if rows:
         page.write_text(page_of(rows))
         console.print(f"written: {page}")
+    if failed:
+        raise SystemExit(f"failed, run again for their rows: {', '.join(failed)}")
 
 
 def read_rows(path: Path) -> dict[tuple[str, str, int], dict[str, Any]]:

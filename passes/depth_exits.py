@@ -193,6 +193,6 @@ class _Work:
             "kind": type(layer).__name__,
             "stage": number + 1,
             "head": True,
-            "positions": positions,
+            "head_positions": positions,
         }
         return created

@@ -3,18 +3,22 @@
 from s2d_compiler import _torchvision as _torchvision  # first: makes torchvision importable
 from s2d_compiler._version import __version__ as __version__
 from s2d_compiler.compiler import transform
+from s2d_compiler.depth_plan import DepthPlan
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import S2DError
 from s2d_compiler.format import load
 from s2d_compiler.inspecting import inspect_model
+from s2d_compiler.monitoring import Monitor
 from s2d_compiler.plan import Plan, Setting
 from s2d_compiler.runtime import Deadline, MacsBudget, Predictions, Thresholds
 from s2d_compiler.verification import Verification, verify
 
 __all__ = [
     "Deadline",
+    "DepthPlan",
     "DynamicModel",
     "MacsBudget",
+    "Monitor",
     "Plan",
     "Predictions",
     "S2DError",

@@ -325,6 +325,22 @@ def test_the_command_writes_a_network_that_leaves_early(
     assert load("new.pt").settings == new.settings
 
 
+def test_the_command_may_write_in_place_and_not_over_the_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = fingerprint(files(tmp_path))
+    RECORDS.save("r.npz")
+    there = Path("r.npz").read_bytes()
+    words = "calibrate dyn.pt --target drop=2% --records r.npz -o"
+    assert main([*words.split(), "dyn.pt"]) == 0
+    assert fingerprint(load("dyn.pt")) == before
+    assert load("dyn.pt").settings.policy is not None
+    assert main([*words.split(), "r.npz"]) == 2
+    assert "is the file of records itself" in capsys.readouterr().err
+    assert Path("r.npz").read_bytes() == there
+
+
 def test_the_command_without_output_stores_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,13 @@ def test_stages_start_while_they_fit() -> None:
     assert answers(dyn, timed(25, 25, 5000), Deadline(1000)) == [1] * 3
 
 
+def test_what_only_the_first_call_does_counts_too() -> None:
+    dyn = slowed(40, 0, 0)
+    dyn.engine._knows_axes = False  # it looks for samples again, by running stages
+    assert answers(dyn, timed(45, 1, 1), Deadline(200)) == [0] * 3, "late before the first stage"
+    assert answers(dyn, timed(45, 1, 1), Deadline(200)) == [2] * 3
+
+
 def test_a_busy_machine_stretches_what_was_recorded() -> None:
     dyn = slowed(40, 20, 20)
     assert answers(dyn, timed(10, 10, 10), Deadline(70)) == [0] * 3, "four times slower: 40 + 40"

@@ -140,7 +140,7 @@ def plans(draw: st.DrawFn, paths: Sequence[str]) -> DepthPlan:
     return DepthPlan(tuple(exits), head, draw(st.sampled_from([None, 3])))
 
 
-@settings(max_examples=40)
+@settings(max_examples=10)
 @given(data=st.data(), drawn=networks(), seed=st.integers(0, 2**16))
 def test_random_networks(
     data: st.DataObject, drawn: Drawn, seed: int, tmp_path_factory: Any
@@ -241,18 +241,10 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], int, tuple[str | float, ...], dict
         timm_model("vit_tiny_patch16_224", img_size=32, depth=3), 32,
         ("patch_embed", "blocks.0.attn", "norm"), {0: -1, 1: -1, 2: -1},
     ),
-    "timm convnext": (
-        timm_model("convnext_atto", depths=(1, 1, 1, 1)), 32, ("stages.1", "stages.2"), {}
-    ),
     "timm mixer": (
         lambda: timm.models.mlp_mixer.MlpMixer(7, 64, 3, 32, 3, 24), 64,
         ("blocks.1.mlp_tokens", "blocks.1"), {1: -1},
     ),
-    "timm swin": (
-        timm_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1, 2)), 56,
-        ("layers.1", "layers.2.blocks.0"), {0: -1, 1: -1},
-    ),
-    "regnet": (timm_model("regnetx_002"), 32, ("s1", "s3.b2.conv2"), {}),
 }  # fmt: skip
 
 

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from examples import cifar_models, detector_backbone, digits, table4
+from examples import cifar_models, depth_baselines, detector_backbone, digits, table4
 from s2d_compiler import DynamicModel, Plan, load, transform
+from s2d_compiler.depth_report import DepthReport
 
 EXAMPLES = Path(digits.__file__).parent
 
@@ -214,3 +215,24 @@ def test_a_detector_trains_with_every_exit_of_its_backbone(
     assert {name.split(".")[1] for name in trained} == {"0", "1", "2"}
     text = render(detector_backbone.report(backbone, losses))
     assert all(f"{loss:.3f}" in text for loss in losses)
+
+
+# Exits along depth
+
+
+@pytest.mark.parametrize("method", depth_baselines.PLANS)
+def test_baselines_cost_the_original_and_their_heads(method: str) -> None:
+    dyn = depth_baselines.compiled("ResNet-20", method)
+    assert isinstance(dyn.report, DepthReport)
+    heads = sum(row.head_macs for row in dyn.report.exits)
+    assert dyn.cost.stages[-1].cumulative_macs == dyn.cost.original_macs + heads
+    x = torch.randn(2, 3, 32, 32)
+    model = cifar_models.resnet20()
+    model.load_state_dict(originals(dyn))
+    assert torch.equal(dyn(x)[-1], model.eval()(x))
+
+
+def originals(dyn: DynamicModel) -> dict[str, torch.Tensor]:
+    """The original's state, put together from the stages."""
+    state = dyn.state_dict()
+    return {where.source: state[key] for key, where in dyn.provenance.items()}

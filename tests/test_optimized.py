@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from passes import fuse_onednn
 from passes.base import Pass
 from passes.fold_norms import FoldNorms
 from passes.remove_identities import RemoveIdentities
@@ -158,6 +160,23 @@ def test_images_in_any_format_and_early_exits(small: DynamicModel) -> None:
     assert not fast(x.requires_grad_())[0].requires_grad
 
 
+def test_settings_go_with_it(small: DynamicModel) -> None:
+    dyn = copy.deepcopy(small)
+    dyn.settings = replace(dyn.settings, policy=Thresholds((0.0,)))
+    fast, x = dyn.optimized(), x_of((2, 3, 6, 6))
+    assert fast.settings == dyn.settings
+    assert fast.predict(x).stage.tolist() == [0, 0]
+
+
+def test_copies(small: DynamicModel) -> None:
+    x = x_of((2, 3, 6, 6))
+    for dyn, given in ((small, x), (copy.deepcopy(small).float(), x.float())):
+        fast = dyn.optimized()
+        copied = copy.deepcopy(fast)
+        assert difference(copied(given), fast(given)) == 0
+        assert copied.settings == fast.settings
+
+
 def test_training_the_network_does_not_change_its_optimised_form(small: DynamicModel) -> None:
     dyn = copy.deepcopy(small)
     fast, x = dyn.optimized(), x_of((2, 3, 6, 6))
@@ -227,6 +246,51 @@ def test_at_most_two_compilations(monkeypatch: pytest.MonkeyPatch, small: Dynami
     assert len(made) == 4
 
 
+def test_a_stage_that_would_be_compiled_again_runs_uncompiled(
+    monkeypatch: pytest.MonkeyPatch, small: DynamicModel
+) -> None:
+    class FailOnRecompileLimitHit(Exception):
+        pass
+
+    made: list[int] = []
+
+    def frozen(stage: fx.GraphModule) -> Any:
+        def run(*inputs: Tensor) -> Any:
+            made.append(len(inputs[0]))
+            if len(inputs[0]) != 3:
+                raise FailOnRecompileLimitHit
+            return stage(*inputs)
+
+        return run
+
+    monkeypatch.setattr(backends, "frozen", frozen)
+    monkeypatch.setattr(pipeline, "why_not", lambda *arguments: None)
+    fast = small.optimized(backend="inductor")
+    for size in (3, 4, 3, 5):
+        x = x_of((size, 3, 6, 6))
+        assert difference(fast(x), small(x)) < 1e-12
+    assert made == [3, 3, 4, 4]
+
+
+@pytest.mark.skipif(
+    not os.environ.get("S2D_INDUCTOR"), reason="compiles for a minute; set S2D_INDUCTOR=1"
+)
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_a_thousand_batch_sizes(small: DynamicModel) -> None:
+    from torch._dynamo.utils import counters
+
+    single = copy.deepcopy(small).float()
+    fast = single.optimized(backend="inductor")
+    before = counters["stats"]["unique_graphs"]
+    for size in (7, 1, 500, *range(1, 1001)):
+        x = x_of((size, 3, 6, 6), seed=size).float()
+        assert difference(fast(x), single(x)) < 1e-5
+    assert 1 <= counters["stats"]["unique_graphs"] - before <= 2 * len(fast.stages)
+    mixed = fast.predict(x, Thresholds((0.4,)))
+    assert difference(mixed.output, single.predict(x, Thresholds((0.4,))).output) < 1e-5
+    assert counters["stats"]["unique_graphs"] - before <= 2 * len(fast.stages)
+
+
 class TwoNorms(nn.Module):
     """A linear layer of tokens with a norm, which takes the tokens' places for channels."""
 
@@ -245,3 +309,33 @@ def test_a_norm_over_tokens_is_not_folded() -> None:
     fast = optimize_static(program, inputs=[x])
     assert any(isinstance(m, nn.BatchNorm1d) for m in fast.modules())
     assert difference(pytree.tree_leaves(fast(x)), [model(x)]) < 1e-12
+
+
+@pytest.mark.skipif(not fuse_onednn.is_available(), reason="this torch has no such operators")
+def test_what_has_no_batch_is_not_added_as_if_it_had_one() -> None:
+    class Placed(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Parameter(torch.randn(1, 8, 6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.conv1(x) + self.places)
+            x = self.conv2(x) + (self.places + self.places.flip(1))
+            return self.fc(x.mean((2, 3)))
+
+    dyn = transform(Placed().eval(), {**TWO, "input_shape": [3, 6, 6]})
+    for examples in (None, [torch.zeros(1, 3, 6, 6)]):
+        fast = dyn.optimized(backend="onednn", examples=examples)
+        for count in (1, 3):
+            x = x_of((count, 3, 6, 6)).float()
+            with torch.no_grad():
+                torch.testing.assert_close(fast(x), dyn(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not fuse_onednn.is_available(), reason="this torch has no such operators")
+def test_the_optimised_form_can_be_copied(small: DynamicModel) -> None:
+    fast = copy.deepcopy(small).float().optimized(backend="onednn")
+    x = x_of((3, 3, 6, 6)).float()
+    for other in (copy.deepcopy(fast), copy.deepcopy([fast])[0], fast.to("cpu")):
+        assert torch.equal(other(x)[-1], fast(x)[-1])
+        assert other.predict(x, Thresholds((0.5,))).stage.shape == (3,)

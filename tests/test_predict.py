@@ -7,15 +7,18 @@ import dataclasses
 import gc
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from s2d_compiler import DynamicModel, MacsBudget, Thresholds, load, transform
+from s2d_compiler.depth_plan import DepthPlan
 from s2d_compiler.errors import InputShapeError, PlanError, PolicyError, UsageError
 from s2d_compiler.runtime import MEASURES, Policy, measure_values
 from tests.networks import Drawn, networks, settle
@@ -245,6 +248,96 @@ def test_networks_whose_samples_depend_on_each_other_run_one_by_one() -> None:
     with torch.no_grad():
         difference = (dyn(x)[0][:1] - dyn(x[:1])[0]).abs().max()
     assert float(difference) > 1e-3, "they do depend on each other"
+
+
+class Between(nn.Module):
+    """Two layers, and something between them that may look at other samples."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(F.relu(self.b(self.between(F.relu(self.a(x))))))
+        return out
+
+
+def mixing(between: Callable[[Tensor], Tensor], seed: int = 0) -> DynamicModel:
+    torch.manual_seed(seed)
+    model = Between(between).eval()
+    return transform(model, DepthPlan(("a", "b")), (torch.randn(2, 6),))
+
+
+def logarithms(y: Tensor) -> Tensor:
+    """NaN for random inputs of this network, numbers for inputs above 0."""
+    depth = torch.log(y.sum(1, keepdim=True) - 20)
+    return y * (1 + depth - depth.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda y: y.cumsum(0),
+        lambda y: y + y[:1],
+        lambda y: torch.tril(y @ y.t()) @ y,
+        lambda y: y + torch.arange(y.shape[0])[:, None],
+        lambda y: y / y.shape[0],
+        lambda y: y - y.mean(0, keepdim=True),
+        logarithms,
+    ],
+    ids=["sums so far", "the first", "those before", "place", "count", "mean", "NaN on random"],
+)
+def test_samples_that_know_of_each_other_in_any_way_run_one_by_one(
+    between: Callable[[Tensor], Tensor],
+) -> None:
+    dyn = mixing(between)
+    x = torch.rand(6, 6, generator=torch.Generator().manual_seed(1)) * 30 + 20
+    alone = [dyn.predict(row, Thresholds((0.6, 0.6))) for row in x.split(1)]
+    found = dyn.predict(x, Thresholds((0.6, 0.6)))
+    assert not found.output.isnan().any()
+    torch.testing.assert_close(found.output, torch.cat([p.output for p in alone]))
+    assert found.stage.tolist() == [int(p.stage) for p in alone]
+    with torch.no_grad():
+        together = dyn(x)[-1]
+    assert not torch.allclose(together, torch.cat([dyn(row)[-1] for row in x.split(1)]), 1e-3)
+
+
+def test_samples_that_know_of_each_other_run_one_by_one_in_half_precision() -> None:
+    dyn = mixing(lambda y: y - y.mean(0, keepdim=True)).to(torch.bfloat16)
+    x = torch.randn(5, 6).to(torch.bfloat16)
+    found = dyn.predict(x, MacsBudget(10**9))
+    alone = torch.cat([dyn.predict(row, MacsBudget(10**9)).output for row in x.split(1)])
+    assert torch.equal(found.output, alone)
+    apart = mixing(lambda y: y * 2).to(torch.bfloat16)
+    apart.predict(x, MacsBudget(10**9))
+    assert apart.engine._axes is not None
+
+
+def test_equal_samples_tell_nothing_and_the_next_ones_do() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.a, self.b = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(self.table(x).mean(1))
+            out: Tensor = self.b(F.relu(y - y.mean(0, keepdim=True)))
+            return out
+
+    dyn = transform(Tokens().eval(), DepthPlan(("a",)), (torch.randint(0, 9, (2, 3)),))
+    everything = MacsBudget(10**9)
+    for x in (torch.zeros(4, 3, dtype=torch.long), torch.randint(0, 9, (4, 3))):
+        alone = torch.cat([dyn.predict(row, everything).output for row in x.split(1)])
+        torch.testing.assert_close(dyn.predict(x, everything).output, alone)
+
+
+def test_inputs_of_the_wrong_type_leave_nothing_behind() -> None:
+    dyn = mixing(lambda y: y)
+    with pytest.raises(RuntimeError, match="dtype"):
+        dyn.predict(torch.randn(3, 6).double(), MacsBudget(10**9))
+    dyn.predict(torch.randn(3, 6), MacsBudget(10**9))
+    assert dyn.engine._axes is not None, "samples run together"
 
 
 def test_networks_of_one_batch_size_run_whole() -> None:

@@ -208,3 +208,42 @@ def test_a_half_model_is_verified_as_it_was_compiled() -> None:
          "input_shape": [3, 8, 8]}
     )  # fmt: skip
     assert verify(model, transform(model, plan)).stages == 2
+
+
+class PartlyFixedBias(Small):
+    """The bias of a layer is put together from parameters and a constant that is not saved, as
+    that of queries, keys and values in BEiT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8))
+        self.register_buffer("key", torch.zeros(8), persistent=False)
+        self.mix = nn.Linear(8, 24, bias=False)
+        self.out = nn.Linear(24, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)
+        y = torch.cat([y, y, y], 1)[:, :8].relu()
+        bias = torch.cat([self.query, self.key, self.value])
+        mixed = nn.functional.linear(y, self.mix.weight, bias)
+        return self.out(mixed.relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"exits": ["mix"]},
+        {"stages": 2, "groups": 8, "default": {"split": [4], "concat": "all"}},
+        {
+            "stages": 2, "groups": 8, "default": {"split": [4], "concat": "all"},
+            "final": "original",
+        },
+    ],
+    ids=["depth", "cut", "original"],
+)  # fmt: skip
+def test_constants_inside_computed_weights(plan: dict[str, Any]) -> None:
+    model = PartlyFixedBias().eval()
+    plan = {"input_shape": [3, 8, 8], **plan}
+    if "exits" in plan:
+        plan["exits"] = [0.2]
+    assert verify(model, transform(model, plan)).stages == 2

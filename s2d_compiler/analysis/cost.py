@@ -139,9 +139,9 @@ def static_macs(program: Program, node: fx.Node) -> int:
 def node_macs(program: Program, stage: fx.GraphModule, node: fx.Node) -> int:
     """MACs per sample of one node of a stage subgraph."""
     origin = program.by_name.get(str(node.meta.get("origin", "")))
-    if node.op == "call_module" and "positions" in node.meta:  # a layer of an exit's own
+    if node.op == "call_module" and "head_positions" in node.meta:  # a layer of an exit's own
         weight = weight_shape(stage.get_submodule(str(node.target)))
-        return math.prod(weight) * int(node.meta["positions"])
+        return math.prod(weight) * int(node.meta["head_positions"])
     if origin is None:
         return 0
     if node.op == "call_module" and is_layer(origin):

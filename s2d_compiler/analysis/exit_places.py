@@ -37,6 +37,9 @@ _CHANNELS_FIRST = ("BatchNorm", "InstanceNorm", "GroupNorm", "PReLU")
 _CHANNELS_LAST = ("Linear", "LayerNorm", "RMSNorm")
 #: How far from a fraction the nearest cut may lie before a value inside a block is taken.
 _NEAR = 0.1
+#: A value this many times as large as the cut before it, and as one of so many cuts after it, is
+#: inside a block.
+_WIDE, _SOON = 3, 3
 
 
 class NoPlaceError(Exception):
@@ -68,6 +71,11 @@ class ExitPlace:
     resolution: str
     macs: int
     is_cut: bool
+
+    @property
+    def size(self) -> int:
+        """How many numbers it is per sample."""
+        return self.channels * as_pixels(self.resolution)
 
     def __str__(self) -> str:
         at = f"{self.operator} in {self.path}" if self.path else f"{self.operator} ({self.node})"
@@ -142,7 +150,8 @@ class Depth:
     def cuts(self) -> tuple[ExitPlace, ...]:
         """Places that are cuts, in order, one for each share of the MACs: what follows a layer
         without MACs of its own (norms, activations, pooling) belongs to its place, up to where
-        positions are lost."""
+        positions are lost. Values that a block widens for a moment, as inverted residuals do,
+        are left out: heads that read them would cost much."""
         best: dict[int, tuple[tuple[int, bool], fx.Node]] = {}
         total = self.total
         for node, macs in self._cut_nodes.items():
@@ -152,7 +161,14 @@ class Depth:
             is_last = macs not in best or rank >= best[macs][0]
             if 0 < macs < total and is_last and self._is_refused(node) is None:
                 best[macs] = (rank, node)
-        return tuple(self.place(node, is_cut=True) for _, node in best.values())
+        places = [self.place(node, is_cut=True) for _, node in best.values()]
+        kept: list[ExitPlace] = []
+        for number, each in enumerate(places):
+            after = places[number + 1 : number + 1 + _SOON]
+            is_wide = kept and each.size >= _WIDE * kept[-1].size
+            if not is_wide or all(_WIDE * later.size > each.size for later in after):
+                kept.append(each)
+        return tuple(kept)
 
     @cached_property
     def _cut_nodes(self) -> dict[fx.Node, int]:

@@ -32,7 +32,9 @@ def drop_p_value(worse: int, better: int, samples: int, limit: float, error: flo
     rise up to the mean (Darroch, 1964, "On the distribution of the number of successes in
     independent trials"). So the exact tail at an upper limit on q is a p-value, after adding the
     error of that limit (Berger and Boos, 1994, "P values maximized over a confidence set for the
-    nuisance parameter"), which is a tenth of ``error``.
+    nuisance parameter"), which is a tenth of ``error``. Where more than half may differ,
+    Hoeffding's bound takes the tail's place: both refute for small S only, so that their errors do
+    not add up.
 
     Args:
         worse: Samples on which only the last stage is right.
@@ -47,7 +49,7 @@ def drop_p_value(worse: int, better: int, samples: int, limit: float, error: flo
         return apart
     total = worse - better
     if most > 0.5 or total > math.floor((samples - 1) * limit) - 1:
-        return min(1.0, _hoeffding(total / samples, limit, samples))
+        return min(1.0, _hoeffding(total / samples, limit, samples) + apart)
     tail = ternary_tail(total, samples, (most + limit) / 2, (most - limit) / 2)
     return min(1.0, tail + apart)
 

@@ -189,6 +189,16 @@ def costs_of(
         CalibrationError: Times are asked for, and there are none, or none that rise.
     """
     stages = len(dyn.stages)
+    if timing_batch is not None and (milliseconds is not None or not wants_milliseconds(target)):
+        raise CalibrationError(
+            f"timing batch: {timing_batch} says which stored times are meant, and "
+            + (
+                "others are given"
+                if milliseconds is not None
+                else f"the target ({target}) has none"
+            )
+            + "; leave it out."
+        )
     if milliseconds is None and not wants_milliseconds(target):
         return tuple(float(s.cumulative_macs) for s in dyn.cost.stages), "MACs"
     if milliseconds is None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from s2d_compiler.fields import Fields, damaged, shown
+from s2d_compiler.runtime.measures import MEASURES
 
 #: How sure the intervals of all exit rates together are.
 INTERVALS = 0.95
@@ -95,15 +96,26 @@ class Calibration:
             )
         )
         rates = _numbers(row, "exit_rates", stages, 0, 1)
-        if len(intervals) != stages or not stages:
-            damaged(row.at("exit_intervals"), f"{len(intervals)} intervals of {stages} stages")
         temperatures = None
         if row.value("temperatures") is not None:
-            temperatures = tuple(dict(inner.data) for inner in row.rows("temperatures"))
+            temperatures = tuple(_temperature(inner) for inner in row.rows("temperatures"))
+        counted = {
+            "costs": costs,
+            "exit_intervals": intervals,
+            "exit_accuracies": row.items("exit_accuracies"),
+            "nan_confidences": row.numbers("nan_confidences"),
+            "temperatures": temperatures,
+        }
+        for key, values in counted.items():
+            if values is not None and len(values) != max(stages, 1):
+                damaged(row.at(key), f"{len(values)} entries for {stages} stages")
+        measure, unit = row.text("measure"), row.text("unit")
+        if measure not in MEASURES or unit not in ("MACs", "milliseconds"):
+            damaged(row.at("measure"), f"{shown(measure)} in {shown(unit)} is not what is measured")
         return cls(
             target=row.text("target"),
-            measure=row.text("measure"),
-            unit=row.text("unit"),
+            measure=measure,
+            unit=unit,
             costs=costs,
             **counts,
             exit_rates=rates,
@@ -125,6 +137,19 @@ class Calibration:
             data=row.text("data"),
             network=row.text("network"),
         )
+
+
+def _temperature(row: Fields) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "temperature": _number(row.value("temperature"), row.at("temperature"), 0, math.inf),
+        "bounded": row.flag("bounded"),
+    }
+    for key in ("nll", "ece"):
+        pair = row.value(key)
+        found[key] = None
+        if pair is not None:
+            found[key] = list(_all_numbers(pair, row.at(key), 2, 0, math.inf))
+    return found
 
 
 def _plain(value: Any) -> Any:

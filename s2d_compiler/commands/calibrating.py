@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, validators
 
-from s2d_compiler.commands.data_options import DATA, DataSource
+from s2d_compiler.commands.data_options import DATA, DataSource, Samples
 from s2d_compiler.commands.options import REPORTING, Reporting, Result, require_other_file
 from s2d_compiler.commands.progress import progress
 from s2d_compiler.errors import UsageError
@@ -124,11 +124,13 @@ def _recorded(
                 f"--records: {path} holds records of {records.data}, and --data names "
                 f"{_name(source)}; leave --data out to use them, or name another file"
             )
+        _require_as_recorded(records, source, path)
         return records, f"read from {path}"
     if path is not None:
         check_writable(path)
     samples = source.samples(staged)
     device = next((p.device for p in staged.parameters()), "cpu")
+    _require_classes(staged, samples, device)
     total = math.ceil(len(samples) / samples.batch_size)
     records = record(
         staged,
@@ -141,6 +143,41 @@ def _recorded(
         return records, "not kept (--records FILE keeps them for other targets)"
     records.save(path)
     return records, f"written to {path}"
+
+
+def _require_classes(staged: DynamicModel, samples: Samples, device: Any) -> None:
+    """Refuse data of another number of classes, by their first batch."""
+    import torch
+
+    from s2d_compiler.data.loading import require_classes
+    from s2d_compiler.tracing import evaluation_mode
+
+    if samples.data.classes is None:
+        return
+    inputs, labels = next(samples.batches(device))
+    with torch.no_grad(), evaluation_mode(staged):
+        output = next(iter(staged.exits(inputs)))
+    if isinstance(output, torch.Tensor) and output.ndim == 2:  # record refuses others
+        require_classes(samples.data, labels, max(output.shape[1], 2))
+
+
+def _require_as_recorded(records: Records, source: DataSource, path: Path) -> None:
+    """Refuse options about images that records do not follow."""
+    from s2d_compiler.data import Preprocessing
+
+    what = None
+    if source.data is None and (source.split is not None or source.limit is not None):
+        what = "a part of the data (--split, --limit)"
+    stored = None
+    if records.preprocessing is not None:
+        stored = Preprocessing.from_dict(dict(records.preprocessing), f"{path}: preprocessing")
+    if source.preprocessing(stored) != (stored or Preprocessing()):
+        what = "another preprocessing"
+    if what is not None:
+        raise UsageError(
+            f"--records: {path} is there already and read, and {what} is named; leave these "
+            "options out, or name another file, which records anew"
+        )
 
 
 def _name(source: DataSource) -> str:

@@ -157,7 +157,8 @@ def require_other_file(output: Path, inputs: Mapping[str, Path]) -> None:
     """
     for what, path in inputs.items():
         with suppress(OSError, ValueError):
-            if os.path.samefile(output, path):
+            is_same = os.path.realpath(output) == os.path.realpath(path)  # of none yet, too
+            if is_same or os.path.samefile(output, path):
                 raise OutputError(f"{output} is {what} itself; name another file to write")
 
 

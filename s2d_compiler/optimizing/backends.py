@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import shutil
@@ -50,8 +51,11 @@ def cpp_compiler() -> str | None:
 
 
 def frozen(stage: fx.GraphModule) -> Any:
-    """A graph compiled with its weights as constants."""
-    return torch.compile(stage, dynamic=False, fullgraph=True, options={"freezing": True})
+    """A graph compiled once with its weights as constants; another compilation is an error."""
+    known = inspect.signature(torch.compile).parameters
+    settings: dict[str, Any] = {"recompile_limit": 1} if "recompile_limit" in known else {}
+    settings |= {"dynamic": False, "fullgraph": True, "options": {"freezing": True}}
+    return torch.compile(stage, **settings)
 
 
 class CompiledStage(nn.Module):
@@ -86,4 +90,10 @@ class CompiledStage(nn.Module):
         for value, dimensions in zip(inputs, self.dynamic, strict=True):
             for dimension in dimensions:
                 torch._dynamo.maybe_mark_dynamic(value, dimension)
-        return run(*inputs)
+        try:
+            return run(*inputs)
+        except Exception as error:
+            if type(error).__name__ != "FailOnRecompileLimitHit":
+                raise
+            self.compiled[kind] = self.stage  # the graph holds for one size only, after all
+            return self.stage(*inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -39,7 +40,8 @@ class OptimizedModel(StagedNetwork):
     """A staged network rewritten to run fast: the same answers, no training, no saving.
 
     It has its own copies of the weights: what happens to the network that it was made of does
-    not change it. Call it, ``predict`` or ``anytime`` like that one; it keeps no gradients.
+    not change it. Call it, ``predict`` or ``anytime`` like that one; it keeps no gradients. Its
+    settings are those of that one, recorded times included, which are longer than its own.
 
     Attributes:
         backend: What runs it: ``"eager"``, ``"onednn"`` or ``"inductor"``.
@@ -61,6 +63,16 @@ class OptimizedModel(StagedNetwork):
                     return
             yield output
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
+        """A copy; packed and compiled stages are shared, since nothing in them changes."""
+        stages = list(self.stages)
+        if self.backend == "eager":
+            stages = copy.deepcopy(stages, memo)
+        assert isinstance(self.parts, RunningParts)
+        copied = OptimizedModel(stages, self.parts, self.backend)
+        copied.settings = self.settings
+        return copied
+
     def train(self, mode: bool = True) -> OptimizedModel:
         """Stay in evaluation mode.
 
@@ -73,6 +85,31 @@ class OptimizedModel(StagedNetwork):
                 "call its optimized() again."
             )
         return super().train(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What ``to``, ``double`` and their like do to tensors; packed weights stay what they are.
+
+        Raises:
+            UsageError: Weights are packed, and would be of another type or elsewhere.
+        """
+        if self.backend != "onednn":
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        found = fn(torch.zeros(1))
+        if found.dtype != torch.float32 or found.device.type != "cpu":
+            raise UsageError(
+                f"to: weights that are packed for oneDNN cannot become {found.dtype} on "
+                f"{found.device}; convert the network that it was made of, and call its "
+                "optimized() again."
+            )
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
+        """Another one over the same stages, which nothing changes; packed weights have no copy."""
+        assert isinstance(self.parts, RunningParts)
+        made = OptimizedModel(list(self.stages), self.parts, self.backend)
+        made.settings = self.settings
+        memo[id(self)] = made
+        return made
 
     def save(self, path: object) -> NoReturn:
         """Refused.

@@ -60,8 +60,7 @@ def optimize(
     backend = _require(backend, reads, memory_format, batch, device)
     parts = network.parts
     wiring = [interface.inputs for interface in parts.interfaces]
-    size = parts.batch or 1
-    given = _examples(examples, parts.input_shapes, size, tensor)
+    given = _examples(examples, parts.input_shapes, parts.batch, tensor)
     is_image = _is_image_network(stages) if memory_format == "auto" else (
         memory_format == "channels_last"
     )  # fmt: skip
@@ -75,7 +74,7 @@ def optimize(
     kept = {f.name: getattr(parts, f.name) for f in dataclasses.fields(parts)}
     kept.pop("channels_last", None)
     made = OptimizedModel(runnable, RunningParts(**kept, channels_last=is_image), backend)
-    made.settings = dataclasses.replace(network.settings, timings=None)
+    made.settings = network.settings
     return made
 
 
@@ -103,7 +102,7 @@ def optimize_static(
     tensor = next((p for p in graph.parameters() if p.is_floating_point()), None)
     device = "cpu" if tensor is None else tensor.device.type
     backend = _require(backend, "auto", memory_format, batch, device)
-    given = _examples(inputs or None, program.input_shapes, program.batch or 1, tensor)
+    given = _examples(inputs or None, program.input_shapes, program.batch, tensor)
     wiring = [tuple(("input", k) for k in range(len(given)))]
     (graph,) = rewrite([graph], wiring, given, backend, "concatenate", batch)
     if memory_format == "channels_last" or (memory_format == "auto" and _is_image_network([graph])):
@@ -152,10 +151,18 @@ def _run(passes: Sequence[Pass], stage: fx.GraphModule) -> fx.GraphModule:
 def _examples(
     examples: Sequence[torch.Tensor] | None,
     shapes: Sequence[tuple[int, ...]],
-    batch: int,
+    batch: int | None,
     like: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    return list(examples) if examples is not None else example_inputs(shapes, batch, like)
+    """Inputs to record shapes with: two samples, for of one, what has no batch looks as if it had.
+
+    A network of one batch size gets that many.
+    """
+    if examples is None:
+        return example_inputs(shapes, batch or 2, like)
+    if batch is None and all(v.ndim and len(v) == 1 for v in examples):
+        return [v.expand(2, *v.shape[1:]) for v in examples]
+    return list(examples)
 
 
 def _require(backend: str, reads: str, memory_format: str, batch: int, device: str) -> str:

@@ -22,6 +22,7 @@ class Decider:
         samples: Samples of the batch.
         timings: Recorded times, for a deadline.
         is_whole: Whether a stage runs for all samples whoever is left.
+        began: When ``predict`` was called, by ``time.perf_counter``; now when None.
     """
 
     def __init__(
@@ -31,8 +32,9 @@ class Decider:
         samples: int,
         timings: Timings | None,
         is_whole: bool,
+        began: float | None = None,
     ):
-        self.began = time.perf_counter()
+        self.began = time.perf_counter() if began is None else began
         self.policy = policy
         self.thresholds = thresholds_of(policy)
         self.macs = macs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from s2d_compiler.errors import PolicyError, UsageError
+from s2d_compiler.errors import InputShapeError, PolicyError, UsageError
 from s2d_compiler.runtime.batches import Batch, SingleSamples, TogetherBatch, WholeBatch, Wiring
 from s2d_compiler.runtime.deciding import Decider
 from s2d_compiler.runtime.measures import (
@@ -26,7 +27,14 @@ from s2d_compiler.runtime.policies import (
     thresholds_of,
 )
 from s2d_compiler.runtime.predictions import Predictions
-from s2d_compiler.runtime.sample_axes import SampleAxes, SampleAxis, Values, find_sample_axes
+from s2d_compiler.runtime.sample_axes import (
+    WHOLE,
+    SampleAxes,
+    SampleAxis,
+    UnknownError,
+    Values,
+    find_sample_axes,
+)
 
 if TYPE_CHECKING:
     from s2d_compiler.dynamic import StagedNetwork
@@ -66,6 +74,7 @@ class Engine:
         self, inputs: Any, policy: Policy | None, keywords: Mapping[str, Any]
     ) -> Predictions:
         """See ``StagedNetwork.predict``."""
+        began = time.perf_counter()
         network = self._network()
         settings = network.settings
         policy = settings.policy if policy is None else require_policy(policy)
@@ -81,7 +90,7 @@ class Engine:
             if samples == 0:
                 return self._nothing(network, given)
             batch = self._batch(network, given, samples)
-            decider = Decider(policy, self.macs, samples, settings.timings, batch.is_whole)
+            decider = Decider(policy, self.macs, samples, settings.timings, batch.is_whole, began)
             return self._leave_early(batch, decider, policy, samples)
 
     def anytime(
@@ -106,7 +115,7 @@ class Engine:
                 batch = batch or self._batch(network, given, samples)
                 leaves = batch.run(number)
                 output = self.parts.structured(tuple(leaves))
-                values = self._values(policy, number, output, samples)
+                values = self._values(policy, batch, number, leaves, samples)
             device = values.device
             yield Predictions(
                 output,
@@ -127,7 +136,7 @@ class Engine:
         for number in range(last + 1):
             leaves = batch.run(number)
             left = samples if rows is None else len(rows)
-            values = self._values(measured, number, self.parts.structured(tuple(leaves)), left)
+            values = self._values(measured, batch, number, leaves, left)
             if left == 1:  # no copies, and one look at the device
                 value = float(values)
                 undefined += value != value
@@ -187,7 +196,14 @@ class Engine:
 
     def _given(self, inputs: Any, keywords: Mapping[str, Any]) -> tuple[Any, ...]:
         positional = inputs if isinstance(inputs, tuple) else (inputs,)
-        return self.parts.flat_inputs(positional, keywords)
+        given = self.parts.flat_inputs(positional, keywords)
+        counts = sorted({len(v) for v in given if isinstance(v, Tensor) and v.ndim})
+        if len(counts) > 1:
+            raise InputShapeError(
+                f"the inputs hold {' and '.join(map(str, counts))} samples; hand in as many of "
+                "each, the same ones in the same order."
+            )
+        return given
 
     def _check(self, policy: Policy, timings: Timings | None, device: torch.device) -> None:
         """Require that a policy fits the network; what depends on outputs shows later."""
@@ -220,13 +236,29 @@ class Engine:
                 "record them there: s2d bench --record."
             )
 
-    def _values(self, thresholds: Thresholds, number: int, output: Any, samples: int) -> Tensor:
+    def _values(
+        self,
+        thresholds: Thresholds,
+        batch: Batch,
+        number: int,
+        leaves: Sequence[Any],
+        samples: int,
+    ) -> Tensor:
         """The measure at one exit."""
+        output = self.parts.structured(tuple(leaves))
         measure = thresholds.measure
         if not isinstance(measure, str):
             return function_values(measure, output, samples)
-        if thresholds is _NEVER and not _has_logits(output, samples):
-            return torch.full((samples,), torch.nan)
+        is_first = isinstance(output, Tensor) and _is_first(batch.axis(number, 0), output, samples)
+        if thresholds is _NEVER and not (is_first and _are_logits(output)):
+            leaf = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+            return torch.full((samples,), torch.nan, device=None if leaf is None else leaf.device)
+        if isinstance(output, Tensor) and not is_first:
+            raise PolicyError(
+                f"measure {measure!r}: the exit returns a tensor of shape {tuple(output.shape)}, "
+                f"of which dimension 0 does not count the {samples} sample(s); hand in measure=, "
+                "a function from the output to (N,) numbers of which larger ones are more certain."
+            )
         temperature = 1.0 if thresholds.temperatures is None else thresholds.temperatures[number]
         values = measure_values(measure, output, temperature)
         if number < len(thresholds.values):
@@ -250,7 +282,12 @@ class Engine:
         if self.parts.batch is not None:
             return WholeBatch(stages, self.wiring, given)
         if not self._knows_axes:
-            self._axes = find_sample_axes(self._run_all, given)
+            try:
+                self._axes = find_sample_axes(self._run_all, given)
+            except UnknownError:  # for now; other samples may show it
+                return SingleSamples(stages, self.wiring, given)
+            if self._axes is None:  # not because these inputs fit no network
+                self._run_all(tuple(value[:1] for value in given))
             self._knows_axes = True
         if self._axes is None:
             return SingleSamples(stages, self.wiring, given)
@@ -356,10 +393,10 @@ def _samples(given: tuple[Any, ...]) -> int:
     return next((len(v) for v in given if isinstance(v, Tensor)), 1)
 
 
-def _has_logits(output: Any, samples: int) -> bool:
-    return (
-        isinstance(output, Tensor)
-        and output.ndim >= 1
-        and output.is_floating_point()
-        and output.shape[0] == samples
-    )
+def _is_first(axis: SampleAxis | None, output: Tensor, samples: int) -> bool:
+    """Whether dimension 0 counts the samples."""
+    return axis == WHOLE and output.ndim > 0 and output.shape[0] == samples
+
+
+def _are_logits(output: Tensor) -> bool:
+    return output.ndim >= 1 and output.is_floating_point()

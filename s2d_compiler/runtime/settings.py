@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from s2d_compiler.fields import Fields
+from s2d_compiler.fields import Fields, damaged
 from s2d_compiler.runtime.policies import Policy, policy_from_dict, policy_to_dict
 from s2d_compiler.runtime.timings import Timings
 
@@ -61,5 +62,15 @@ class RunSettings:
             timings=None
             if data.value("timings") is None
             else Timings.from_dict(data.inner("timings")),
-            calibration=None if data.value("calibration") is None else data.named("calibration"),
+            calibration=None if data.value("calibration") is None else _plain(data),
         )
+
+
+def _plain(data: Fields) -> dict[str, Any]:
+    """What calibration stored, if it is what JSON can hold."""
+    found = data.named("calibration")
+    try:
+        json.dumps(found, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        damaged(data.at("calibration"), "there is more in it than plain data")
+    return found

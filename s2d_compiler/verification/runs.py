@@ -60,10 +60,11 @@ def require_nothing_hidden(dyn: DynamicModel) -> None:
                 f"{place} has a hook, which runs and is in no graph; remove it, or verify the "
                 "network as it was saved."
             )
-        if "forward" in vars(module):
-            raise VerifyError(
-                f"{place} has another forward than its class, which no graph shows; take it away."
-            )
+        for key in vars(module):
+            if callable(getattr(type(module), key, None)):
+                raise VerifyError(
+                    f"{place} has another {key} than its class, which no graph shows; take it away."
+                )
     for name, tensor in [*dyn.named_parameters(), *dyn.named_buffers()]:
         if tensor.is_meta:
             raise VerifyError(

@@ -137,11 +137,13 @@ class Specification(StaticRun):
         return Value(full.index_copy(dimension % full.dim(), torch.from_numpy(rows), terms))
 
     def _thin_slices(self, node: fx.Node, thin: ThinComputed) -> Mapping[str, Slice]:
-        path, tensors = str(node.target), self.program.module(node).tensors()
+        path, module = str(node.target), self.program.module(node)
+        tensors = module.tensors()
         return {
             key: Slice(self.program.sources.get(f"{path}.{key}", f"{path}.{key}"),
                        normalised(index, tuple(tensors[key].shape)))
             for key, index in thin.index.items()
+            if key not in module._non_persistent_buffers_set  # constants, whose numbers count
         }  # fmt: skip
 
     # -- coupled operators -------------------------------------------------------------------------
@@ -221,6 +223,9 @@ class ThinComputed(ComputedLayer):
             key: torch.empty([len(i) for i in index], device="meta") if whole[key].dim() else
             whole[key] for key, index in thin.index.items()
         }  # fmt: skip
+        for key in module._non_persistent_buffers_set & set(thin.index):
+            where = Slice(key, normalised(thin.index[key], tuple(whole[key].shape)))
+            self.held[key] = where.take(whole[key].detach())
         self.held |= dict(thin.constants)
 
     def tensors(self) -> dict[str, torch.Tensor]:

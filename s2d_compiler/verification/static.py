@@ -110,6 +110,7 @@ class StaticRun:
             name: Slice(self.program.sources.get(f"{path}.{name}", f"{path}.{name}"),
                         (None,) * tensor.dim())
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+            if name not in module._non_persistent_buffers_set  # constants, whose numbers count
         }  # fmt: skip
         return Held(module, slices, alive)
 

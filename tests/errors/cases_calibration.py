@@ -26,7 +26,14 @@ from s2d_compiler.calibration import (
 from s2d_compiler.calibration.calibrating import solve_records
 from s2d_compiler.calibration.promises import require_samples
 from s2d_compiler.commands import running
-from s2d_compiler.errors import CalibrationError, FormatError, S2DError, UsageError
+from s2d_compiler.errors import (
+    CalibrationError,
+    DataError,
+    FormatError,
+    OutputError,
+    S2DError,
+    UsageError,
+)
 from s2d_compiler.fields import Fields
 from s2d_compiler.runtime import StageTimings, Timings
 from tests.errors.case import Case
@@ -95,6 +102,8 @@ def command(error: type[S2DError], words: str, *parts: str) -> Case:
     def trigger(folder: Path) -> object:
         files(folder)
         found().save("r.npz")
+        with np.load("data.npz") as arrays:
+            np.savez("named.npz", **arrays, classes=np.array(["a", "b"]))
         with mock.patch.object(running, "_fail", raising):
             return cli.main(["calibrate", "dyn.pt", *words.split()])
 
@@ -194,6 +203,10 @@ CASES: dict[str, Case] = {
         "macs=5000", "target", "5,000 MACs", "costs are given in milliseconds",
         "leave --milliseconds out", milliseconds=(1, 2, 3),
     ),
+    "timing batch without times": calibrating(
+        "reward", "timing batch", "8", "says which stored times are meant", "leave it out",
+        timing_batch=8,
+    ),
     "timing batch": timed(
         "timing batch", "3", "no times are recorded", "take one of 8"
     ),
@@ -286,12 +299,39 @@ CASES: dict[str, Case] = {
         "exit_rates", [0.5], "a list stands", "3 numbers belong", AGAIN
     ),
     "stored intervals": stored(
-        "exit_intervals", [[0.1, 0.2]], "1 intervals", "of 3 stages", AGAIN
+        "exit_intervals", [[0.1, 0.2]], "1 entries", "for 3 stages", AGAIN
+    ),
+    "stored measure": stored(
+        "measure", "sureness", "'sureness'", "is not what is measured", AGAIN
     ),
     # the command
     "times on a command line": command(
         UsageError, "--target ms=2 --milliseconds fast", "--milliseconds", "'fast'",
         "is no list of times", "write one per stage",
+    ),
+    "another preprocessing than recorded": command(
+        UsageError, "--target reward --records r.npz --mean 0.5", "--records", "r.npz",
+        "another preprocessing", "leave these options out",
+    ),
+    "a part of records": command(
+        UsageError, "--target reward --records r.npz --limit 5", "--records", "r.npz",
+        "a part of the data", "or name another file",
+    ),
+    "over the records": command(
+        OutputError, "--target reward --records r.npz -o r.npz", "r.npz", "r.npz",
+        "is the records itself", "name another file to write",
+    ),
+    "over records to come": command(
+        OutputError, "--target reward --records n.npz --data data.npz -o ./n.npz", "n.npz",
+        "n.npz", "is the records itself", "name another file to write",
+    ),
+    "over the data": command(
+        OutputError, "--target reward --data data.npz -o data.npz", "data.npz", "data.npz",
+        "is the data itself", "name another file to write",
+    ),
+    "data of other classes": command(
+        DataError, "--target reward --data named.npz", "named.npz", "2 classes (a, b)",
+        "the network tells 4 apart", "give data of the classes",
     ),
     "records of other data": command(
         UsageError, "--target reward --records r.npz --data data.npz", "--records", "drawn",

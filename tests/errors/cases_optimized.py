@@ -53,6 +53,10 @@ CASES = {
     "train": of_network(
         lambda dyn: dyn.optimized().train(), "train", "an optimised network", "only runs", "again"
     ),
+    "another type": of_network(
+        lambda dyn: dyn.optimized(backend="onednn").half(), "to", "torch.float16 on cpu",
+        "packed for oneDNN cannot become", "convert the network that it was made of",
+    ),
     "save": of_network(
         lambda dyn: dyn.optimized().save("x"), "save", "an optimised network", "for this machine",
         "save the one",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d_compiler import Deadline, DynamicModel, MacsBudget, Thresholds, transform
-from s2d_compiler.errors import PolicyError, UsageError
+from s2d_compiler.errors import InputShapeError, PolicyError, UsageError
 from s2d_compiler.format import from_data, to_data
 from s2d_compiler.runtime import StageTimings, Timings, measure_values, record_timings
 from tests.errors.case import Case
@@ -55,6 +55,33 @@ def in_training(folder: Path) -> object:
 
 def no_logits(folder: Path) -> object:
     return measure_values("margin", torch.tensor(3.0))
+
+
+class _TokensFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.transpose(0, 1)).relu())  # type: ignore[no-any-return]
+
+
+class _Pair(_TokensFirst):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return self.b(self.a(x) + y)  # type: ignore[no-any-return]
+
+
+_HALVES = {"stages": 2, "groups": 4, "default": {"split": [2], "concat": "all"}}
+
+
+def tokens_first(folder: Path) -> object:
+    dyn = transform(_TokensFirst().eval(), _HALVES, (torch.zeros(2, 4, 6),))
+    return dyn.predict(torch.zeros(3, 4, 6), Thresholds((0.5,)))
+
+
+def uneven(folder: Path) -> object:
+    dyn = transform(_Pair().eval(), _HALVES, (torch.zeros(2, 6), torch.zeros(2, 8)))
+    return dyn.predict((torch.zeros(3, 6), torch.zeros(1, 8)), Thresholds((0.5,)))
 
 
 def by_function(folder: Path) -> object:
@@ -102,6 +129,22 @@ CASES = {
         "a tensor of shape ()",
         "only logits (N, C) have one",
         "hand in measure=, a function",
+    ),
+    "an exit that counts something else": Case(
+        tokens_first,
+        PolicyError,
+        "measure 'confidence'",
+        "a tensor of shape (4, 3, 5)",
+        "does not count the 3 sample(s)",
+        "hand in measure=, a function",
+    ),
+    "inputs of other numbers of samples": Case(
+        uneven,
+        InputShapeError,
+        "the inputs",
+        "1 and 3",
+        "hold 1 and 3 samples",
+        "hand in as many of each",
     ),
     "a function of other numbers": Case(
         by_function,
@@ -269,6 +312,12 @@ CASES = {
         "a function (certainty)",
         "no file can hold",
         "hand the policy to predict",
+    ),
+    "a calibration that is no plain data": of_file(
+        put("settings", "calibration", {"accuracy": float("nan")}),
+        "settings.calibration",
+        "there is more in it",
+        "than plain data",
     ),
     "a policy of another kind": of_file(
         put("settings", "policy", "kind", "luck"),

@@ -97,6 +97,10 @@ def overridden(dyn: DynamicModel) -> None:
     stage_of(dyn).get_submodule("conv").forward = lambda x: x
 
 
+def called_otherwise(dyn: DynamicModel) -> None:
+    stage_of(dyn).get_submodule("conv")._call_impl = lambda x: x  # type: ignore[method-assign]
+
+
 def no_graph(dyn: DynamicModel) -> None:
     dyn.stages[0] = nn.Identity()
 
@@ -317,6 +321,10 @@ CASES: dict[str, Case] = {
     "hook": changed(hooked, "stages.0", "has a hook", "in no graph", "remove it"),
     "forward": changed(
         overridden, "stages.0.conv", "another forward than its class", "which no graph shows",
+        "take it away",
+    ),
+    "call": changed(
+        called_otherwise, "stages.0.conv", "another _call_impl than its class", "no graph",
         "take it away",
     ),
     "class": changed(
