@@ -103,14 +103,6 @@ class OptimizedModel(StagedNetwork):
             )
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
-        """Another one over the same stages, which nothing changes; packed weights have no copy."""
-        assert isinstance(self.parts, RunningParts)
-        made = OptimizedModel(list(self.stages), self.parts, self.backend)
-        made.settings = self.settings
-        memo[id(self)] = made
-        return made
-
     def save(self, path: object) -> NoReturn:
         """Refused.
 
