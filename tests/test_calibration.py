@@ -337,7 +337,7 @@ def test_the_command_may_write_in_place_and_not_over_the_records(
     assert fingerprint(load("dyn.pt")) == before
     assert load("dyn.pt").settings.policy is not None
     assert main([*words.split(), "r.npz"]) == 2
-    assert "is the file of records itself" in capsys.readouterr().err
+    assert "is the records itself" in capsys.readouterr().err
     assert Path("r.npz").read_bytes() == there
 
 
