@@ -411,7 +411,7 @@ def test_thresholds_are_stored_with_the_network_itself(
     dyn.save("dyn.pt")
     assert main(told) == 0
     assert "dyn.pt: its weights are not those that" in capsys.readouterr().err
-    for other, what in ("data.npz", "the data"), ("r.npz", "the file of records"):
+    for other, what in ("data.npz", "the data"), ("r.npz", "the records"):
         assert main([*given, "--records", "r.npz", "-o", other]) == 2
         assert f"{other} is {what} itself" in capsys.readouterr().err
     assert Path("data.npz").read_bytes() == data

@@ -69,7 +69,7 @@ def calibrate_network(
     parsed = parse_target(target)
     times = None if milliseconds is None else _times(milliseconds)
     if output is not None:
-        inputs = {"the data": source.data, "the file of records": records}
+        inputs = {"the data": source.data, "the records": records}
         require_other_file(output, {name: Path(p) for name, p in inputs.items() if p is not None})
         check_writable(output)
     staged = load(dyn)
