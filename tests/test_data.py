@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -148,6 +149,13 @@ def test_an_unreadable_image_is_named_and_refused(tmp_path: Path, content: bytes
     assert [len(next(found)[1]) for _ in range(3)] == [4, 4, 4]  # those before the one with it
     with pytest.raises(DataError, match=r"dog/4\.png: this image cannot be read"):
         next(found)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "data")
+    os.mkfifo(tmp_path / "data" / "dog" / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe\.png: this image cannot be read .*no regular file"):
+        list(batches(open_data(root), PLAIN, 4))
 
 
 def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, per_file: int = 4) -> Any:

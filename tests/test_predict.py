@@ -314,6 +314,33 @@ def test_samples_that_know_of_each_other_run_one_by_one_in_half_precision() -> N
     assert apart.engine._axes is not None
 
 
+def test_tokens_that_come_first_stay_first_where_samples_run_one_by_one() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x.transpose(0, 1))
+            out: Tensor = self.b(F.relu(y - y.mean(1, keepdim=True) / 2))
+            return out
+
+    plan = {"stages": 2, "groups": 4, "default": {"split": [2], "concat": "all"}}
+    dyn = transform(Tokens().eval(), plan, (torch.randn(2, 5, 6),))
+    x = torch.randn(3, 5, 6)
+
+    def certainty(output: Tensor) -> Tensor:
+        return output.abs().sum((0, 2))
+
+    middle = float(certainty(dyn.predict(x, MacsBudget(dyn.cost.stages[0].macs)).output).median())
+    policy = Thresholds((middle,), certainty)
+    found = dyn.predict(x, policy)
+    alone = [dyn.predict(row, policy) for row in x.split(1)]
+    assert found.stage.tolist() == [int(p.stage) for p in alone]
+    assert set(found.stage.tolist()) == {0, 1}
+    torch.testing.assert_close(found.output, torch.cat([p.output for p in alone], 1))
+
+
 def test_equal_samples_tell_nothing_and_the_next_ones_do() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:

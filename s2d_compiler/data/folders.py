@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import stat
 from pathlib import Path
 
 import torch
@@ -45,6 +47,8 @@ class ImageFiles(Data):
 
         path, _ = self.files[index]
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+                raise OSError("no regular file")
             with Image.open(path) as image:
                 return as_image(image.convert("RGB"), path)
         except Exception as error:

@@ -116,9 +116,20 @@ class WholeBatch(TogetherBatch):
 
 
 class SingleSamples(Batch):
-    """Samples one by one, for networks in which they depend on each other."""
+    """Samples one by one, for networks in which they depend on each other.
 
-    def __init__(self, stages: Sequence[nn.Module], wiring: Wiring, inputs: Sequence[Tensor]):
+    Args:
+        axes: Per stage and flat output, where they are put together.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        wiring: Wiring,
+        axes: Sequence[Sequence[SampleAxis]],
+        inputs: Sequence[Tensor],
+    ):
+        self.axes = axes
         self.samples = [
             TogetherBatch(stages, wiring, None, [value[row : row + 1] for value in inputs])
             for row in range(len(inputs[0]))
@@ -127,12 +138,14 @@ class SingleSamples(Batch):
     def run(self, number: int) -> Sequence[Any]:
         found = [sample.run(number) for sample in self.samples]
         return [
-            torch.cat(leaves) if isinstance(leaves[0], Tensor) and leaves[0].ndim else leaves[0]
-            for leaves in zip(*found, strict=True)
+            torch.cat(leaves, axis.dimension or 0)
+            if isinstance(leaves[0], Tensor) and leaves[0].ndim
+            else leaves[0]
+            for axis, leaves in zip(self.axes[number], zip(*found, strict=True), strict=True)
         ]
 
     def keep(self, rows: Tensor) -> None:
         self.samples = [self.samples[row] for row in rows.tolist()]
 
     def axis(self, stage: int, position: int) -> SampleAxis | None:
-        return WHOLE
+        return self.axes[stage][position]

@@ -34,6 +34,7 @@ from s2d_compiler.runtime.sample_axes import (
     UnknownError,
     Values,
     find_sample_axes,
+    output_axes,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Engine:
         self.macs = tuple(stage.macs for stage in parts.cost.stages)
         self.cumulative = tuple(stage.cumulative_macs for stage in parts.cost.stages)
         self._axes: SampleAxes | None = None
+        self._alone: Sequence[Sequence[SampleAxis]] = ()
         self._knows_axes = False
 
     # -- the two ways to run -----------------------------------------------------------------------
@@ -285,12 +287,13 @@ class Engine:
             try:
                 self._axes = find_sample_axes(self._run_all, given)
             except UnknownError:  # for now; other samples may show it
-                return SingleSamples(stages, self.wiring, given)
-            if self._axes is None:  # not because these inputs fit no network
-                self._run_all(tuple(value[:1] for value in given))
+                alone = output_axes(self._run_all, given)
+                return SingleSamples(stages, self.wiring, alone, given)
+            if self._axes is None:  # where one sample fails, it is for these inputs
+                self._alone = output_axes(self._run_all, given)
             self._knows_axes = True
         if self._axes is None:
-            return SingleSamples(stages, self.wiring, given)
+            return SingleSamples(stages, self.wiring, self._alone, given)
         return TogetherBatch(stages, self.wiring, self._axes, given)
 
     def _run_all(self, inputs: tuple[Tensor, ...]) -> Values:

@@ -83,7 +83,7 @@ def _select(value: Tensor, dimension: int, rows: Tensor) -> Tensor:
     return value.index_select(dimension, rows)
 
 
-#: How a network takes one batch size and no other: dimension 0.
+#: Samples in dimension 0.
 WHOLE = SampleAxis(0)
 
 
@@ -166,6 +166,37 @@ def find_sample_axes(
         log.warning("samples run one by one: where they lie changes with their numbers")
         return None
     return found[0]
+
+
+def output_axes(
+    run: Callable[[tuple[Tensor, ...]], Values], inputs: Sequence[Tensor]
+) -> tuple[tuple[SampleAxis, ...], ...]:
+    """Where outputs of samples that run one by one are to be put together, from sizes alone.
+
+    Args:
+        run: Runs all stages on flat inputs.
+        inputs: (N, ...) each, of two samples or more.
+
+    Returns:
+        Per stage, per flat output; dimension 0 where two samples do not run, or tell nothing.
+    """
+    alone = run(tuple(value[:1] for value in inputs))[1]
+    try:
+        pair = run(tuple(value[:2] for value in inputs))[1]
+    except Exception as error:
+        log.debug("two samples fail: %s", error)
+        pair = alone
+    return tuple(
+        tuple(_size_axis(one, two) for one, two in zip(*leaves, strict=True))
+        for leaves in zip(alone, pair, strict=True)
+    )
+
+
+def _size_axis(one: Any, two: Any) -> SampleAxis:
+    if not isinstance(one, Tensor):
+        return WHOLE
+    found = [d for d, size in enumerate(one.shape) if two.shape[d] == 2 * size != 0]
+    return SampleAxis(found[0], one.shape[found[0]]) if len(found) == 1 else WHOLE
 
 
 class UnknownError(Exception):
