@@ -108,8 +108,11 @@ class DynamicParts:
         tensors = [v for v in inputs if isinstance(v, torch.Tensor)]
         expected = self.input_shapes
         if len(tensors) != len(expected):
+            others = sorted({type(v).__name__ for v in inputs if not isinstance(v, torch.Tensor)})
+            count = ", ".join([f"{len(tensors)}", *(f"a {name}" for name in others)])
+            rule = "; each input is a tensor by itself" if others else ""
             raise InputShapeError(
-                f"the network takes {len(expected)} input(s), got {len(tensors)}; hand in those "
+                f"the network takes {len(expected)} input(s), got {count}{rule}; hand in those "
                 "that it was compiled with."
             )
         for tensor, shape in zip(tensors, expected, strict=True):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -219,6 +220,26 @@ def test_the_original_is_left_with_its_gradients() -> None:
     found = dyn.predict(images(3).requires_grad_(), Thresholds((0.3, 0.3)))
     assert not found.output.requires_grad
     assert all(p.grad is None for p in dyn.parameters())
+
+
+def test_outputs_without_a_measure_have_no_confidence_to_count() -> None:
+    class Named(Classifier):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            return {"logits": super().forward(x)}
+
+    dyn = transform(settle(Named(), images(8)), {**PLAN, "input_shape": [3, 6, 6]})
+    for count in (1, 4):
+        found = dyn.predict(images(count), MacsBudget(dyn.cost.stages[1].cumulative_macs))
+        assert found.stage.tolist() == [1] * count
+        assert found.confidence.isnan().all()
+        assert found.nan_confidences == 0
+        assert [p.nan_confidences for p in dyn.anytime(images(count))] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("given", [numpy.zeros((2, 3, 6, 6)), [images(2)], None])
+def test_what_is_no_tensor_is_named(dyn: DynamicModel, given: Any) -> None:
+    with pytest.raises(InputShapeError, match=rf"got 0, a {type(given).__name__}; each input is"):
+        dyn.predict(given, Thresholds((0.5, 0.5)))
 
 
 def test_the_stored_policy_is_used_and_kept(dyn: DynamicModel, tmp_path: Any) -> None:

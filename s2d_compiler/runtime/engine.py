@@ -117,14 +117,14 @@ class Engine:
                 batch = batch or self._batch(network, given, samples)
                 leaves = batch.run(number)
                 output = self.parts.structured(tuple(leaves))
-                values = self._values(policy, batch, number, leaves, samples)
+                values, is_measured = self._values(policy, batch, number, leaves, samples)
             device = values.device
             yield Predictions(
                 output,
                 torch.full((samples,), number, device=device),
                 values,
                 torch.full((samples,), macs, device=device),
-                int(values.isnan().sum()),
+                int(values.isnan().sum()) if is_measured else 0,
             )
 
     def _leave_early(
@@ -138,16 +138,16 @@ class Engine:
         for number in range(last + 1):
             leaves = batch.run(number)
             left = samples if rows is None else len(rows)
-            values = self._values(measured, batch, number, leaves, left)
+            values, is_measured = self._values(measured, batch, number, leaves, left)
             if left == 1:  # no copies, and one look at the device
                 value = float(values)
-                undefined += value != value
+                undefined += is_measured and value != value
                 if number < last and decider.one_stays(number, value):
                     continue
                 stay: Tensor | None = _NOBODY
             else:
                 stay = _NOBODY if number == last else decider.staying(number, values)
-                undefined += int(values.isnan().sum())
+                undefined += int(values.isnan().sum()) if is_measured else 0
             if stay is None:
                 continue
             staying = None if stay is _NOBODY else stay.nonzero().flatten()
@@ -245,16 +245,17 @@ class Engine:
         number: int,
         leaves: Sequence[Any],
         samples: int,
-    ) -> Tensor:
-        """The measure at one exit."""
+    ) -> tuple[Tensor, bool]:
+        """The measure at one exit; NaN and False where outputs have none and none is needed."""
         output = self.parts.structured(tuple(leaves))
         measure = thresholds.measure
         if not isinstance(measure, str):
-            return function_values(measure, output, samples)
+            return function_values(measure, output, samples), True
         is_first = isinstance(output, Tensor) and _is_first(batch.axis(number, 0), output, samples)
         if thresholds is _NEVER and not (is_first and _are_logits(output)):
             leaf = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
-            return torch.full((samples,), torch.nan, device=None if leaf is None else leaf.device)
+            device = None if leaf is None else leaf.device
+            return torch.full((samples,), torch.nan, device=device), False
         if isinstance(output, Tensor) and not is_first:
             raise PolicyError(
                 f"measure {measure!r}: the exit returns a tensor of shape {tuple(output.shape)}, "
@@ -271,7 +272,7 @@ class Engine:
                     f"thresholds: {bound!r} at stage {number + 1} is above the largest {measure} "
                     f"of {classes} classes ({most:.6g}); give a value up to it."
                 )
-        return values
+        return values, True
 
     def batch_of(self, inputs: tuple[Any, ...]) -> Batch:
         """A batch at its start, from flat inputs that fit the network; to run stages by hand."""
