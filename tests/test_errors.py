@@ -127,7 +127,7 @@ def six():
 INTERNAL = {
     "AssertionError", "KeyboardInterrupt", "NoPlaceError", "NoRule", "NotImplementedError",
     "NotSliceable", "Terminated", "UnknownIndexError", "UnknownModuleError", "ValueError",
-    "_DependentError",
+    "OSError", "UnknownError", "_DependentError",
 }  # fmt: skip
 
 

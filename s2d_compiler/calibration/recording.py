@@ -96,6 +96,8 @@ class _Part:
 
 
 def _logits(output: Any, stage: int, labels: Tensor) -> Tensor:
+    if isinstance(output, Tensor) and output.ndim == 1 and len(labels) == len(output):
+        output = output.unsqueeze(1)
     if (
         not isinstance(output, Tensor)
         or output.ndim != 2

@@ -130,7 +130,7 @@ SETTINGS = RunSettings(
         confidence=0.9,
         bound="a bound",
         p_value=0.0625,
-        temperatures=({"temperature": 1.5},) * 3,
+        temperatures=({"temperature": 1.5, "bounded": False, "nll": [0.5, 0.25], "ece": None},) * 3,
         data="images.npz",
         network="0" * 64,
     ).to_dict(),
