@@ -314,7 +314,7 @@ class Engine:
 
     def _nothing(self, network: StagedNetwork, given: tuple[Any, ...]) -> Predictions:
         """For no samples: outputs of the right shape, from a run on one."""
-        one = tuple(torch.zeros_like(v[:1]).new_zeros((1, *v.shape[1:])) for v in given)
+        one = tuple(v.new_zeros((1, *v.shape[1:])) for v in given)
         leaves = TogetherBatch(list(network.stages), self.wiring, None, one).run(0)
         device = given[0].device
         output = self.parts.structured(
