@@ -73,18 +73,18 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A residual network of 6 * blocks + 2 layers, 16, 32 and 64 channels wide."""
+    """A residual network of 6 * blocks + 2 layers, ``width``, twice and four times as wide."""
 
-    def __init__(self, blocks: int, shortcut: Shortcut, num_classes: int) -> None:
+    def __init__(self, blocks: int, shortcut: Shortcut, num_classes: int, width: int = 16) -> None:
         super().__init__()
         if shortcut not in ("projection", "padded"):
             raise ValueError(f"shortcut is {shortcut!r}; use 'projection' or 'padded'")
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _residual_layer(16, 16, blocks, shortcut)
-        self.layer2 = _residual_layer(16, 32, blocks, shortcut)
-        self.layer3 = _residual_layer(32, 64, blocks, shortcut)
-        self.fc = nn.Linear(64, num_classes)
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _residual_layer(width, width, blocks, shortcut)
+        self.layer2 = _residual_layer(width, 2 * width, blocks, shortcut)
+        self.layer3 = _residual_layer(2 * width, 4 * width, blocks, shortcut)
+        self.fc = nn.Linear(4 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, 32, 32) to logits (N, num_classes)."""
@@ -102,9 +102,11 @@ def _residual_layer(inputs: int, outputs: int, blocks: int, shortcut: Shortcut) 
     )
 
 
-def resnet20(shortcut: Shortcut = "projection", num_classes: int = 10) -> CifarResNet:
-    """Build ResNet-20."""
-    return CifarResNet(3, shortcut, num_classes)
+def resnet20(
+    shortcut: Shortcut = "projection", num_classes: int = 10, width: int = 16
+) -> CifarResNet:
+    """Build ResNet-20; the papers' is 16 channels wide."""
+    return CifarResNet(3, shortcut, num_classes, width)
 
 
 def resnet56(shortcut: Shortcut = "projection", num_classes: int = 10) -> CifarResNet:

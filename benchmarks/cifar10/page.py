@@ -1,0 +1,208 @@
+"""The page: what every row reached, from the kept records alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from benchmarks.cifar10.choosing import Chosen, Halves, budgets, reward
+from benchmarks.cifar10.rows import NETWORKS, Row, rows_of
+from s2d_compiler.calibration import Records
+from s2d_compiler.output import atomic_write
+from s2d_compiler.plots import COLORS, write_plot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["write_page"]
+
+TITLES = {"resnet20": "ResNet-20", "resnet56": "ResNet-56", "vgg16_bn": "VGG16-BN",
+          "mobilenet_v2": "MobileNetV2"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Made:
+    """A row that was trained.
+
+    Attributes:
+        row: What it is.
+        about: Its plan, cost and recipe as they were.
+        records: What its exits say of the held-out images.
+    """
+
+    row: Row
+    about: dict[str, Any]
+    records: Records
+
+    @property
+    def macs(self) -> list[int]:
+        return list(self.about["macs"])
+
+    @cached_property
+    def halves(self) -> Halves:
+        return Halves(self.records, self.macs)
+
+    @cached_property
+    def best(self) -> Chosen:
+        """With the thresholds of the highest reward."""
+        return self.halves.chosen(reward)
+
+    @cached_property
+    def curve(self) -> list[Chosen]:
+        return budgets(self.halves) if len(self.macs) > 1 else [self.best]
+
+
+def write_page(results: Path, page: Path, console: Console) -> None:
+    """Write the page and its plots from what is kept."""
+    parts = [_INTRODUCTION]
+    for network in NETWORKS:
+        rows = _read(results / network, network)
+        if rows and rows[0].row.name == "static":
+            plot = page.parent / f"{page.stem}-{network}.svg"
+            _plot(rows, plot, TITLES[network])
+            parts.append(_network(rows, plot.name, TITLES[network]))
+    if len(parts) > 1:
+        text = "\n".join(parts)
+        atomic_write(page, lambda stream: stream.write(text.encode()))
+        console.print(f"written: {page}")
+
+
+def _read(folder: Path, network: str) -> list[Made]:
+    made = []
+    for row in rows_of(network):
+        about, records = folder / f"{row.name}.json", folder / f"{row.name}.npz"
+        if about.exists() and records.exists():
+            made.append(Made(row, json.loads(about.read_text()), Records.load(records)))
+    return made
+
+
+_INTRODUCTION = """\
+# CIFAR-10
+
+What staged networks reach on real images, beside what else one could do with the same network.
+Made by `python -m benchmarks.cifar10 --data cifar10-train.npz --work build/cifar10`, which resumes
+where it was interrupted; the page is written from the kept records (`benchmarks/results/cifar10`).
+
+The figures are **validation figures**: 45,000 of CIFAR-10's training images train, 5,000 are held
+out; the official test images were not used. Weights are those of the last epoch. Thresholds are
+chosen on one half of the held-out images and measured on the other, both ways, so that no image
+chooses for itself. Within a table all rows have the same number of epochs, batch size,
+augmentation (zero-padded crops, flips) and seed. Rows that start from the static network's weights
+learn with its outputs beside the labels unless they say otherwise; as they profit from its epochs,
+the static network trained on for as many again stands beside them, and the thinner static networks
+learn from the same outputs.
+"""
+
+
+def _network(rows: Sequence[Made], plot: str, title: str) -> str:
+    recipe, static = rows[0].about["recipe"], rows[0]
+    lines = [
+        f"\n## {title}\n",
+        f"{recipe['epochs']} epochs each, batches of {recipe['batch_size']}, {recipe['schedule']} "
+        f"schedule up to a learning rate of {recipe['lr']:g} (from the static weights: "
+        f"{_start_lr(rows)}), weight decay {recipe['weight_decay']:g}, {recipe['precision']}, "
+        f"torch {static.about['torch']} on {static.about['device']}.\n",
+        f"![accuracy against MACs]({plot})\n",
+        _table(rows, static),
+        _stages(rows),
+    ]
+    return "\n".join(lines)
+
+
+def _start_lr(rows: Sequence[Made]) -> str:
+    rates = {made.about["recipe"]["lr"] for made in rows if made.row.starts_static}
+    return ", ".join(f"{rate:g}" for rate in sorted(rates)) or "none yet"
+
+
+def _table(rows: Sequence[Made], static: Made) -> str:
+    lines = [
+        "Accuracy of every exit by itself; then with the thresholds of the highest reward (S2DNAS, "
+        "equation 2, exponent -0.06); then with the cheapest thresholds that are as accurate as "
+        "the static network on the images that choose. Differences to the static network are "
+        "paired, with 95% intervals.\n",
+        "| network | million MACs up to each exit | accuracy of each exit (%) | "
+        "highest reward: accuracy (%) | million MACs | fewer | "
+        "as accurate as static: million MACs | fewer | difference (points) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    right = static.records.right[:, -1]
+    for made in rows:
+        macs = ", ".join(f"{m / 1e6:.1f}" for m in made.macs)
+        accuracy = ", ".join(f"{100 * a:.2f}" for a in made.records.right.mean(0))
+        cells = [made.row.text, macs, accuracy]
+        best = made.best
+        cells += [f"{100 * best.accuracy:.2f}", f"{best.macs / 1e6:.1f}",
+                  _fewer(best.macs, static)]  # fmt: skip
+        same = made.halves.as_accurate_as(right)
+        cells += [f"{same.macs / 1e6:.1f}", _fewer(same.macs, static),
+                  _difference(same.answers, right)]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _fewer(macs: float, static: Made) -> str:
+    return f"{100 * (1 - macs / static.macs[-1]):.0f}%"
+
+
+def _difference(mine: NDArray[np.bool_], other: NDArray[np.bool_]) -> str:
+    each = mine.astype(float) - other.astype(float)
+    half = 1.96 * each.std() / math.sqrt(len(each))
+    return f"{100 * each.mean():+.2f} ± {100 * half:.2f}"
+
+
+def _stages(rows: Sequence[Made]) -> str:
+    lines = [
+        "Who leaves where with the thresholds of the highest reward, and how many of these are "
+        "right (S2DNAS, Table 2):\n",
+        "| network | leave at each exit (%) | of these right (%) |",
+        "|---|---|---|",
+    ]
+    for made in rows:
+        if len(made.macs) > 1:
+            left = ", ".join(f"{100 * share:.1f}" for share in made.best.left)
+            right = ", ".join("-" if r is None else f"{100 * r:.1f}" for r in made.best.right)
+            lines.append(f"| {made.row.text} | {left} | {right} |")
+    return "\n".join(lines) + "\n"
+
+
+def _plot(rows: Sequence[Made], path: Path, title: str) -> None:
+    def draw(axes: Axes) -> None:
+        static = [made for made in rows if made.row.group in ("static", "thin")]
+        for has_teacher, marker in ((False, "o"), (True, "s")):
+            points = sorted(
+                (made.macs[-1] / 1e6, 100 * made.best.accuracy)
+                for made in static
+                if made.row.has_teacher == has_teacher
+            )
+            label = "static, full and thinner" + (", distilled" if has_teacher else "")
+            if points:
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, marker=marker, color="black", alpha=0.5 + 0.5 * has_teacher,
+                          linestyle="--", linewidth=1, markersize=4, label=label)  # fmt: skip
+        dynamic = [made for made in rows if made.row.group not in ("static", "thin")]
+        for index, made in enumerate(dynamic):
+            style = "-" if index < len(COLORS) - 1 else ":"
+            axes.plot(
+                [point.macs / 1e6 for point in made.curve],
+                [100 * point.accuracy for point in made.curve],
+                color=COLORS[index % (len(COLORS) - 1)],
+                linestyle=style,
+                linewidth=1.4,
+                label=made.row.text,
+            )
+        axes.set_title(f"{title}, 5,000 held-out images", loc="left")
+        axes.set_xlabel("million MACs per image, mean")
+        axes.set_ylabel("accuracy (%)")
+        axes.set_xlim(0, 1.05 * rows[0].macs[-1] / 1e6)
+        axes.legend(loc="lower right", fontsize=7)
+
+    write_plot(path, draw, (8.4, 6.0))

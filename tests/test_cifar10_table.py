@@ -1,0 +1,133 @@
+"""The CIFAR-10 table: its rows can be made, and its figures are not measured where chosen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from benchmarks.cifar10.choosing import OMEGA, Halves, budgets, reward
+from benchmarks.cifar10.page import write_page
+from benchmarks.cifar10.rows import NETWORKS, Row, rows_of
+from s2d_compiler import transform
+from s2d_compiler.calibration import Records
+
+MACS = [10, 20, 40]
+
+
+def records(seed: int = 0, count: int = 600, stages: int = 3, shift: int = 0) -> Records:
+    """Exits of which later ones are better, and confidences that say something about it."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 10, count)
+    hardness = random.random((count, 1))
+    right = hardness < np.linspace(0.7, 0.9, stages)
+    confidence = np.clip(1 - hardness * 0.8 + random.normal(0, 0.1, (count, stages)), 0.1, 1.0)
+    return Records(
+        labels=labels,
+        predictions=np.where(right, labels[:, None], (labels[:, None] + 1 + shift) % 10),
+        measures={"confidence": confidence, "entropy": 1 - confidence, "margin": confidence},
+        classes=10,
+        network="0" * 64,
+        data="made up",
+    )
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_rows_can_be_compiled(network: str) -> None:
+    rows = rows_of(network)
+    assert len({row.name for row in rows}) == len(rows)
+    assert rows[0].name == "static"
+    assert not rows[0].needs_static
+    for row in rows if network == "resnet20" else rows[-1:]:
+        dyn = transform(row.build(), row.plan)
+        assert len(dyn.stages) == row.plan.get("stages", 3)
+
+
+def test_each_half_chooses_for_the_other() -> None:
+    found = records()
+    halves = Halves(found, MACS)
+    assert sorted(np.concatenate(halves.halves)) == list(range(600))
+    settings = [[point for point in frontier if point.macs <= 20][-1] for frontier in
+                halves.frontiers]  # fmt: skip
+    chosen = halves.chosen(lambda points: [p for p in points if p.macs <= 20][-1])
+    certainty = found.measures["confidence"]
+    right = cost = 0.0
+    for own, other in ((0, 1), (1, 0)):
+        for sample in halves.halves[other]:
+            first, second = settings[own].thresholds
+            stage = 0 if certainty[sample, 0] >= first else 1 if certainty[sample, 1] >= second \
+                else 2  # fmt: skip
+            right += found.right[sample, stage]
+            cost += MACS[stage]
+    assert chosen.accuracy == pytest.approx(right / 600)
+    assert chosen.macs == pytest.approx(cost / 600)
+    assert sum(chosen.left) == pytest.approx(1)
+
+
+def test_confidences_that_say_nothing_gain_nothing() -> None:
+    """Measured where they were chosen, random thresholds look better than each exit; here not."""
+    gains = []
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        right = random.random((200, 2)) < 0.5
+        labels = np.zeros(200, dtype=np.int64)
+        noise = random.random((200, 2))
+        found = Records(labels, np.where(right, 0, 1),
+                        {"confidence": noise, "entropy": noise / 2, "margin": noise}, 2, "0" * 64,
+                        "noise")  # fmt: skip
+        halves = Halves(found, [10, 20])
+        best = halves.chosen(lambda points: points[-1])
+        own = np.mean([frontier[-1].accuracy for frontier in halves.frontiers])
+        gains.append((best.accuracy - 0.5, own - 0.5))
+    honest, fitted = np.mean(gains, axis=0)
+    assert fitted > 0.03
+    assert abs(honest) < 0.03
+
+
+def test_reward_is_the_papers() -> None:
+    halves = Halves(records(), MACS)
+    best = reward(halves.frontiers[0])
+    value = best.accuracy * best.macs**OMEGA
+    assert all(value >= p.accuracy * p.macs**OMEGA for p in halves.frontiers[0])
+
+
+def test_as_accurate_as_another_network() -> None:
+    halves = Halves(records(), MACS)
+    worse = records().right[:, 0]
+    assert halves.as_accurate_as(worse).macs < 20
+    assert halves.as_accurate_as(np.ones(600, dtype=bool)).macs > 20
+
+
+def test_budgets_rise() -> None:
+    curve = budgets(Halves(records(), MACS), 9)
+    assert curve[0].macs == pytest.approx(10, abs=0.5)
+    assert curve[-1].accuracy > curve[0].accuracy + 0.1
+
+
+def test_page_is_written_from_what_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "resnet20"
+    folder.mkdir(parents=True)
+    rows = [r for r in rows_of("resnet20") if r.name in ("static", "thin-8", "s2d-4-1-3")]
+    for row in rows:
+        stages = int(row.plan["stages"])
+        records(1, stages=stages).save(folder / f"{row.name}.npz")
+        (folder / f"{row.name}.json").write_text(json.dumps(about(row, MACS[-stages:])))
+    page = tmp_path / "cifar10.md"
+    write_page(tmp_path / "results", page, Console(quiet=True))
+    text = page.read_text()
+    assert (tmp_path / "cifar10-resnet20.svg").stat().st_size > 5000
+    accuracy = 100 * records(1, stages=1).right.mean()
+    line = next(line for line in text.splitlines() if line.startswith("| static |"))
+    assert f"| {accuracy:.2f} |" in line
+    assert "+0.00 ± 0.00" in line
+    assert text.count("| S2D 4/1/3, full reuse |") == 2
+
+
+def about(row: Row, macs: list[int]) -> dict[str, object]:
+    recipe = {"epochs": 1, "batch_size": 2, "schedule": "step", "lr": 0.1, "weight_decay": 0.0,
+              "precision": "float32"}  # fmt: skip
+    return {"macs": [1_000_000 * m for m in macs], "plan": dict(row.plan), "recipe": recipe,
+            "torch": "2", "device": "cpu"}  # fmt: skip
