@@ -70,7 +70,7 @@ def _depth(head: str) -> dict[str, Any]:
 def rows_of(network: str) -> tuple[Row, ...]:
     """The rows of one network's table, in the order in which they are made."""
     build = NETWORKS[network]
-    started = {"starts_static": True, "has_teacher": True}
+    started: Any = {"starts_static": True, "has_teacher": True}
     rows = [
         Row("static", "static", "static", build, _static_plan()),
         Row("static-on", "static, trained on", "static", build, _static_plan(), **started),
