@@ -21,6 +21,7 @@ from s2d_compiler.dynamic import StagedNetwork
 from s2d_compiler.errors import DataError, UsageError
 from s2d_compiler.interrupts import noted
 from s2d_compiler.output import check_writable
+from s2d_compiler.runtime.policies import thresholds_of
 from s2d_compiler.training import checkpoints
 from s2d_compiler.training.distributed import Processes
 from s2d_compiler.training.feeding import Feed, as_data
@@ -378,9 +379,16 @@ def _update_settings(network: nn.Module, preprocessing: Preprocessing) -> None:
     if not isinstance(network, StagedNetwork):
         return
     settings = network.settings
-    if settings.policy is not None or settings.calibration is not None:
+    policy = settings.policy
+    has_thresholds = policy is not None and thresholds_of(policy) is not None
+    if has_thresholds or settings.calibration is not None:
         logger.warning(
-            "the thresholds that were stored with the network are of the weights before training "
-            "and left out; calibrate it again"
+            "the thresholds that are stored with the network fit the weights that it had, and are "
+            "left out; calibrate it again"
         )
-    network.settings = replace(settings, preprocessing=preprocessing, policy=None, calibration=None)
+    network.settings = replace(
+        settings,
+        preprocessing=preprocessing,
+        policy=None if has_thresholds else policy,
+        calibration=None,
+    )

@@ -119,6 +119,7 @@ class Progress:
         images_per_second: Over this call so far.
         seconds_left: About, until the end.
         result: The epoch's result, once it is over.
+        history: The results of all epochs that are over.
     """
 
     epoch: int
@@ -131,3 +132,4 @@ class Progress:
     images_per_second: float
     seconds_left: float
     result: EpochResult | None = None
+    history: tuple[EpochResult, ...] = ()

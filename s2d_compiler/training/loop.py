@@ -272,7 +272,7 @@ class Loop:
             Progress(
                 epoch, step, self.feed.steps, self.recipe.epochs, loss, accuracies,
                 self.optimizer.param_groups[0]["lr"], speed * images,
-                left / speed if speed else 0.0, result,
+                left / speed if speed else 0.0, result, tuple(self.history),
             )
         )  # fmt: skip
 
