@@ -8,6 +8,7 @@ from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import S2DError
 from s2d_compiler.format import load
 from s2d_compiler.inspecting import inspect_model
+from s2d_compiler.masking.model import MaskedModel, masked
 from s2d_compiler.monitoring import Monitor
 from s2d_compiler.plan import Plan, Setting
 from s2d_compiler.runtime import Deadline, MacsBudget, Predictions, Thresholds
@@ -18,6 +19,7 @@ __all__ = [
     "DepthPlan",
     "DynamicModel",
     "MacsBudget",
+    "MaskedModel",
     "Monitor",
     "Plan",
     "Predictions",
@@ -27,6 +29,7 @@ __all__ = [
     "Verification",
     "inspect_model",
     "load",
+    "masked",
     "transform",
     "verify",
 ]
