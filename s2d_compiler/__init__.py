@@ -8,6 +8,7 @@ from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import S2DError
 from s2d_compiler.format import load
 from s2d_compiler.inspecting import inspect_model
+from s2d_compiler.masking.model import MaskedModel, masked
 from s2d_compiler.monitoring import Monitor
 from s2d_compiler.plan import Plan, Setting
 from s2d_compiler.runtime import Deadline, MacsBudget, Predictions, Thresholds
@@ -20,6 +21,7 @@ __all__ = [
     "DynamicModel",
     "History",
     "MacsBudget",
+    "MaskedModel",
     "Monitor",
     "Plan",
     "Predictions",
@@ -31,6 +33,7 @@ __all__ = [
     "fit",
     "inspect_model",
     "load",
+    "masked",
     "transform",
     "verify",
 ]

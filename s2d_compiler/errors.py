@@ -179,6 +179,19 @@ class CheckpointError(S2DError):
     """
 
 
+class ProcessError(S2DError):
+    """Another process of a training with several processes does not answer any more.
+
+    Example:
+        process 1: another process of this training does not answer (Connection closed by peer),
+        and each step takes all of them; see what it said, and start all again
+
+    What to do:
+        Look at what the other process printed: it ended first. With a checkpoint, the training
+        goes on from there when all are started again.
+    """
+
+
 class FormatError(S2DError):
     """A ``dyn.pt`` file is damaged, of a newer format, or is no such file.
 

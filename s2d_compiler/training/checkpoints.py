@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from s2d_compiler.archive import check_data_only, check_members, require_end
-from s2d_compiler.errors import CheckpointError, FormatError, S2DError, first_line
-from s2d_compiler.fields import require_plain, shown
+from s2d_compiler.errors import CheckpointError, FormatError, first_line
+from s2d_compiler.fields import as_number, damaged, require_plain, shown
 from s2d_compiler.memory import explained, let_through
 from s2d_compiler.output import atomic_write
 
-__all__ = ["read_checkpoint", "require_like", "require_same_run", "tensors_of", "write_checkpoint"]
+__all__ = ["read_checkpoint", "require_same_run", "require_state", "tensors_of", "write_checkpoint"]
 
-FORMAT = "s2d-compiler training"
-VERSION = 1
+FORMAT = "s2d-compiler training 1"
 
 
 def write_checkpoint(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
@@ -31,7 +30,7 @@ def write_checkpoint(path: str | os.PathLike[str], data: Mapping[str, Any]) -> N
     Raises:
         OutputError: The file cannot be written.
     """
-    whole = {"format": FORMAT, "version": VERSION, **data}
+    whole = {"format": FORMAT, **data}
     with explained(f"writing {os.fspath(path)}", "close other programs"):
         atomic_write(path, lambda file: torch.save(whole, file))
 
@@ -40,13 +39,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What ``write_checkpoint`` wrote; None where there is no file. Nothing in it is executed.
 
     Raises:
-        CheckpointError: It is damaged, newer, or no checkpoint.
+        CheckpointError: It is damaged, of another version, or no checkpoint.
     """
     name = os.fspath(path)
     if not Path(path).exists():
         return None
-    if not Path(path).is_file():
-        raise CheckpointError(f"{name} is no plain file; name another for the checkpoint.")
     try:
         with open(path, "rb") as file:
             require_end(file)
@@ -56,30 +53,26 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         require_plain(data)
     except Exception as error:  # what torch's readers raise on damaged files is no fixed list
         let_through(error)
-        reason = first_line(error).partition("; the file is damaged")[0][:200]
+        reason = first_line(error).partition("; ")[0][:200]
         raise CheckpointError(
             f"{name} is no checkpoint of a training, or is damaged ({reason}); remove it to begin "
             "anew, or name another file."
         ) from error
-    if type(data) is not dict or data.get("format") != FORMAT:
+    if type(data) is not dict or data.pop("format", None) != FORMAT:
         raise CheckpointError(
-            f"{name} is no checkpoint of a training; name another file for the checkpoint."
-        )
-    if data.get("version") != VERSION:
-        raise CheckpointError(
-            f"{name}: its format has version {shown(data.get('version'))}, and this package reads "
-            f"version {VERSION}; remove it to begin anew, or use the package that wrote it."
+            f"{name} is not of the format {FORMAT!r}, which this package reads; remove it to begin "
+            "anew, or name another file."
         )
     return data
 
 
 _WHAT = {
-    "network": ("a network of other layers", "the network that it began with"),
-    "start": ("a network with other weights", "the network that it began with"),
-    "data": ("other data, or data preprocessed otherwise", "the data that it began with"),
-    "teacher": ("another teacher", "the teacher that it began with"),
-    "form": ("the other form of the network", "the form that it began with"),
-    "processes": ("another number of processes", "as many processes as it began with"),
+    "network": "a network of other layers",
+    "start": "a network that began with other weights",
+    "data": "other images or labels, or other preprocessing",
+    "teacher": "another teacher, or none",
+    "form": "another form of the network",
+    "processes": "another number of processes",
 }
 
 
@@ -94,61 +87,80 @@ def require_same_run(path: str, found: Any, run: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: It is of another; the message says what differs.
     """
-    if type(found) is not dict or set(found) != set(run) or type(found["recipe"]) is not dict:
-        raise CheckpointError(f"{path}: run: it is incomplete; remove the file to begin anew.")
-    for name, value in run["recipe"].items():
-        there = found["recipe"].get(name)
-        if there != value:
-            raise CheckpointError(
-                f"{path}: recipe.{name} is {shown_any(there)} there and {shown_any(value)} here, "
-                "and a training goes on only as it began; give what it began with, or name "
-                "another file."
-            )
-    for name, value in run.items():
-        if found[name] != value and name != "recipe":
-            what, remedy = _WHAT.get(name, (f"another {name}", "what it began with"))
-            raise CheckpointError(
-                f"{path}: {name}: it is of {what}, and a training goes on only as it began; give "
-                f"{remedy}, or name another file."
-            )
-
-
-def shown_any(value: Any) -> str:
-    """A setting in a message."""
-    return str(value)[:60] if type(value) in (list, tuple) else shown(value)
-
-
-def require_like(found: Any, pattern: Any, place: str) -> None:
-    """Require the same kinds, keys, shapes and types as in a pattern, all the way down.
-
-    Raises:
-        CheckpointError: naming the first place that differs.
-    """
-    if type(found) is not type(pattern):
-        damaged(place, f"{shown(found)} stands where {_kind(pattern)} belongs")
-    if type(pattern) is dict:
-        if set(found) != set(pattern):
-            odd = sorted(map(str, set(found) ^ set(pattern)))[0]
-            damaged(place, f"{shown(odd)} is missing there or does not belong there")
-        for key, value in pattern.items():
-            require_like(found[key], value, f"{place}.{key}")
-    elif isinstance(pattern, Tensor) and (
-        found.shape != pattern.shape or found.dtype != pattern.dtype
-    ):
-        damaged(
-            place,
-            f"numbers of shape {tuple(found.shape)} and type {found.dtype}, not "
-            f"{tuple(pattern.shape)} and {pattern.dtype}",
+    there = found if type(found) is dict else {}
+    recipe = there.get("recipe")
+    recipe = recipe if isinstance(recipe, dict) else {}
+    differing = [
+        f"recipe.{name} is {_setting(recipe.get(name))} there and {_setting(value)} here"
+        for name, value in run["recipe"].items()
+        if recipe.get(name) != value
+    ]
+    differing += [f"it is of {what}" for key, what in _WHAT.items() if there.get(key) != run[key]]
+    if differing:
+        raise CheckpointError(
+            f"{path}: {differing[0]}, and a training goes on only as it began; give what it began "
+            "with, or name another file."
         )
 
 
-def damaged(place: str, problem: str) -> None:
-    """Refuse a checkpoint."""
-    raise CheckpointError(f"{place}: {problem}; the file is damaged, remove it to begin anew.")
+def _setting(value: Any) -> str:
+    return str(value)[:60] if type(value) in (list, tuple) else shown(value)
 
 
-def _kind(value: Any) -> str:
-    return f"a {type(value).__name__}"
+def require_state(
+    path: str, found: Mapping[str, Any], fresh: Mapping[str, Any], epochs: int, steps: int
+) -> None:
+    """Require that a checkpoint of this training holds all that belongs into it, and no more.
+
+    Args:
+        path: The file.
+        found: What is in it.
+        fresh: The state of this training at its beginning, with all that an optimiser may keep.
+        epochs: The most epochs that may be over.
+        steps: The most steps of an epoch that may be over.
+
+    Raises:
+        CheckpointError: It does not; the message names the place.
+    """
+    try:
+        epoch = as_number(found.get("epoch"), "epoch", 0, epochs)
+        as_number(found.get("step"), "step", 0, steps)
+        slots = fresh["optimizer"]
+        kept = found.get("optimizer")
+        wanted = {
+            **fresh,
+            "history": fresh["history"].new_zeros(epoch, fresh["history"].shape[1]),
+            "best": fresh["weights"] if found.get("best") else {},
+            "optimizer": {k: v for k, v in slots.items() if type(kept) is not dict or k in kept},
+        }
+        _require_like(found, wanted, "")
+    except FormatError as error:
+        problem = str(error).partition("; the file is damaged")[0]
+        raise CheckpointError(
+            f"{path}: {problem}; the file is damaged, remove it to begin anew."
+        ) from error
+
+
+def _require_like(found: Any, pattern: Any, place: str) -> None:
+    """Require the kinds, keys, lengths and shapes of a pattern, all the way down."""
+    if type(found) is not type(pattern):
+        damaged(place, f"{shown(found)} stands where a {type(pattern).__name__} belongs")
+    if type(pattern) is dict:
+        if odd := sorted(map(str, set(found) ^ set(pattern))):
+            damaged(place, f"{shown(odd[0])} is missing there, or does not belong there")
+        for key, value in pattern.items():
+            _require_like(found[key], value, f"{place}.{key}".strip("."))
+    elif type(pattern) is list:
+        if len(found) != len(pattern):
+            damaged(place, f"{len(found)} values, where {len(pattern)} belong")
+        for number, value in enumerate(pattern):
+            _require_like(found[number], value, f"{place}[{number}]")
+    elif isinstance(pattern, Tensor) and _form(found) != _form(pattern):
+        damaged(place, f"{_form(found)}, where {_form(pattern)} belongs")
+
+
+def _form(tensor: Tensor) -> str:
+    return f"a tensor of shape {tuple(tensor.shape)} and type {tensor.dtype}"
 
 
 # -- what stands in it ---------------------------------------------------------------------------
@@ -156,17 +168,14 @@ def _kind(value: Any) -> str:
 
 def tensors_of(network: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer, saved or not, by name, each once."""
-    return {
-        name: tensor.detach()
-        for name, tensor in [*network.named_parameters(), *network.named_buffers()]
-    }
+    named = [*network.named_parameters(), *network.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named}
 
 
 def take(network: nn.Module, found: Mapping[str, Tensor]) -> None:
     """Give a network the numbers of a checkpoint."""
-    with torch.no_grad():
-        for name, tensor in tensors_of(network).items():
-            tensor.copy_(found[name])
+    for name, tensor in tensors_of(network).items():
+        tensor.copy_(found[name])
 
 
 def hash_of(tensors: Mapping[str, Tensor], *, numbers: bool = True) -> str:
@@ -180,67 +189,64 @@ def hash_of(tensors: Mapping[str, Tensor], *, numbers: bool = True) -> str:
     return digest.hexdigest()
 
 
-def random_states(device: torch.device) -> dict[str, Any]:
-    """The states of the generators that networks and data sets draw from."""
-    kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
+#: What optimisers keep for each parameter, and whether it is a single number.
+_SLOTS = {"momentum_buffer": False, "exp_avg": False, "exp_avg_sq": False, "step": True}
+
+
+def slots_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimiser keeps, by number of the parameter and name."""
     return {
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": torch.tensor(random.getstate()[1], dtype=torch.int64),
-        "python_gauss": [random.getstate()[2]],
-        "numpy": torch.from_numpy(numpy.asarray(keys).astype(numpy.int64)),
-        "numpy_rest": [str(kind), int(position), int(has_gauss), float(gauss)],
+        f"{number}.{name}": value
+        for number, parameter in enumerate(_parameters_of(optimizer))
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
     }
 
 
-def set_random_states(found: Mapping[str, Any], device: torch.device) -> None:
-    """Put the generators into the states of a checkpoint.
-
-    Raises:
-        CheckpointError: They are none.
-    """
-    try:
-        torch.set_rng_state(found["torch"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(found["device"], device)
-        (gauss,) = found["python_gauss"]
-        random.setstate((3, tuple(found["python"].tolist()), gauss))
-        kind, *rest = found["numpy_rest"]
-        keys = found["numpy"].numpy().astype(numpy.uint32)
-        numpy.random.set_state((kind, keys, *rest))
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        damaged("random", f"these are no states of generators ({first_line(error)[:100]})")
+def possible_slots_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What it may come to keep, with any numbers."""
+    return {
+        f"{number}.{name}": torch.zeros(()) if is_single else parameter.detach()
+        for number, parameter in enumerate(_parameters_of(optimizer))
+        for name, is_single in _SLOTS.items()
+    }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, found: Any) -> None:
-    """Put an optimiser into the state of a checkpoint.
-
-    Raises:
-        CheckpointError: It is none of this optimiser.
-    """
-    require_like(_settings(found), _settings(optimizer.state_dict()), "optimizer")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, row in found["state"].items():
-        place = f"optimizer.state[{shown(number)}]"
-        if type(number) is not int or not 0 <= number < len(parameters) or type(row) is not dict:
-            damaged(place, "this is no state of a parameter")
-        for name, value in row.items():
-            shape = parameters[number].shape
-            if not isinstance(value, Tensor) or value.shape not in (shape, torch.Size(())):
-                damaged(f"{place}.{name}", f"this is no tensor of shape {tuple(shape)}")
-    try:
-        optimizer.load_state_dict(found)
-    except (S2DError, FormatError):
-        raise
-    except Exception as error:
-        let_through(error)
-        damaged("optimizer", f"torch refuses it ({first_line(error)[:120]})")
+def set_slots(optimizer: torch.optim.Optimizer, found: Mapping[str, Tensor]) -> None:
+    """Give it back what it kept."""
+    parameters = _parameters_of(optimizer)
+    for key, value in found.items():
+        number, _, name = key.partition(".")
+        parameter = parameters[int(number)]
+        kept = value.clone() if _SLOTS[name] else torch.empty_like(parameter).copy_(value)
+        optimizer.state[parameter][name] = kept
 
 
-def _settings(state: Any) -> Any:
-    if type(state) is not dict or type(state.get("param_groups")) is not list:
-        damaged("optimizer", "its groups are missing")
-    if type(state.get("state")) is not dict:
-        damaged("optimizer", "its state is missing")
-    groups = {str(k): dict(row) for k, row in enumerate(state["param_groups"])}
-    return {k: {n: v for n, v in row.items() if n != "lr"} for k, row in groups.items()}
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of the generators that networks and data sets draw from."""
+    _, words, gauss = random.getstate()
+    state: Any = numpy.random.get_state(legacy=False)
+    rest = [state["state"]["pos"], state["has_gauss"], state["gauss"], gauss is not None, gauss]
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.empty(0)
+    return {
+        "torch": torch.get_rng_state(),
+        "device": on_device,
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(state["state"]["key"].astype(numpy.int64)),
+        "rest": torch.tensor([float(value or 0) for value in rest], dtype=torch.float64),
+    }
+
+
+def set_random_states(found: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put the generators into states that ``random_states`` returned."""
+    position, has_gauss, gauss, has_second, second = found["rest"].tolist()
+    torch.set_rng_state(found["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(found["device"], device)
+    random.setstate((3, tuple(found["python"].tolist()), second if has_second else None))
+    keys = found["numpy"].numpy().astype(numpy.uint32)
+    numpy.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))

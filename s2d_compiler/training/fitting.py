@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from s2d_compiler.data import Data, Preprocessing, batches, require_fit
 from s2d_compiler.data.loading import require_classes
+from s2d_compiler.data.sources import Selected
 from s2d_compiler.dynamic import StagedNetwork
 from s2d_compiler.errors import DataError, UsageError
 from s2d_compiler.interrupts import noted
 from s2d_compiler.output import check_writable
+from s2d_compiler.runtime.policies import thresholds_of
 from s2d_compiler.training import checkpoints
+from s2d_compiler.training.distributed import Processes
 from s2d_compiler.training.feeding import Feed, as_data
 from s2d_compiler.training.history import History, Progress
 from s2d_compiler.training.loop import Batches, Loop
@@ -95,8 +98,16 @@ def fit(
     labels = _labels(images, recipe, teacher is not None or trainee.frozen is not None)
     distill = _distill(recipe, trainee, teacher is not None, labels is not None)
     weights = _weights(recipe, trainee)
-    feed = Feed(images, labels, preprocessing, recipe, shape, place)
-    with _placed(network, teacher, recipe, place), _seeded(recipe, place), noted() as is_asked:
+    processes = Processes()
+    feed = Feed(
+        images, labels, preprocessing, recipe, shape, place, processes.rank, processes.count
+    )
+    with (
+        _placed(network, teacher, recipe, place),
+        _seeded(recipe, place, processes.rank),
+        noted() as is_asked,
+    ):
+        processes.take_from_first(checkpoints.tensors_of(network).values())
         classes = _classes(trainee, teacher, feed, held_out, preprocessing)
         if labels is not None:
             require_classes(images, labels, classes)
@@ -108,22 +119,24 @@ def fit(
             teacher if distill else None,
             bool(distill) and teacher is None,
             classes,
-            _validation(held_out, preprocessing, recipe, shape, place),
+            _validation(held_out, preprocessing, recipe, shape, place, processes),
             place,
             _run(network, trainee, recipe, feed, teacher if distill else None),
+            processes,
+            is_asked,
             path,
             checkpoint_seconds,
             checkpoint_steps,
-            on_progress,
+            on_progress if processes.is_first else None,
         )
         if path is not None and (found := checkpoints.read_checkpoint(path)) is not None:
             _require_same_start(path, found, loop)
             loop.resume(found)
-        loop(is_asked)
+        loop()
         kept = loop.epoch
-        if loop.best is not None and loop.epoch == recipe.epochs:
-            checkpoints.take(network, loop.best["weights"])
-            kept = loop.best["epoch"]
+        if loop.best and loop.epoch == recipe.epochs:
+            checkpoints.take(network, loop.best)
+            kept = loop.best_epoch
     _update_settings(network, preprocessing)
     return History(recipe, trainee.form, distill, tuple(loop.history), kept, loop.resumed)
 
@@ -254,7 +267,7 @@ def _classes(
     with torch.no_grad():
         found = [logits.shape[1] for logits in trainee.logits(inputs)]
         if teacher is not None:
-            found.append(trainee._logits(teacher(inputs), len(inputs)).shape[1])
+            found.append(trainee.read(teacher(inputs), len(inputs)).shape[1])
     if len(set(found)) > 1:
         raise DataError(
             f"the exits (and the teacher) tell {', '.join(map(str, found))} classes apart, and "
@@ -271,9 +284,13 @@ def _validation(
     recipe: Recipe,
     shape: tuple[int, ...] | None,
     device: torch.device,
+    processes: Processes,
 ) -> Batches | None:
     if data is None:
         return None
+    if processes.count > 1:
+        part = processes.part_of(range(len(data)))
+        data = Selected(data, part, data.name)
     last = recipe.memory_format == "channels_last"
 
     def run() -> Iterator[tuple[Tensor, Tensor]]:
@@ -346,12 +363,12 @@ def _placed(
 
 
 @contextmanager
-def _seeded(recipe: Recipe, device: torch.device) -> Iterator[None]:
+def _seeded(recipe: Recipe, device: torch.device, rank: int) -> Iterator[None]:
     """Generators that begin with the recipe's seed, and are as they were afterwards."""
     before = checkpoints.random_states(device)
-    torch.manual_seed(recipe.seed)
-    random.seed(recipe.seed)
-    numpy.random.seed(recipe.seed % 2**32)
+    torch.manual_seed(recipe.seed + rank)
+    random.seed(recipe.seed + rank)
+    numpy.random.seed((recipe.seed + rank) % 2**32)
     try:
         yield
     finally:
@@ -362,9 +379,16 @@ def _update_settings(network: nn.Module, preprocessing: Preprocessing) -> None:
     if not isinstance(network, StagedNetwork):
         return
     settings = network.settings
-    if settings.policy is not None or settings.calibration is not None:
+    policy = settings.policy
+    has_thresholds = policy is not None and thresholds_of(policy) is not None
+    if has_thresholds or settings.calibration is not None:
         logger.warning(
-            "the thresholds that were stored with the network are of the weights before training "
-            "and left out; calibrate it again"
+            "the thresholds that are stored with the network fit the weights that it had, and are "
+            "left out; calibrate it again"
         )
-    network.settings = replace(settings, preprocessing=preprocessing, policy=None, calibration=None)
+    network.settings = replace(
+        settings,
+        preprocessing=preprocessing,
+        policy=None if has_thresholds else policy,
+        calibration=None,
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -38,11 +39,36 @@ class EpochResult:
         """Plain data, for JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
+    @staticmethod
+    def columns(stages: int) -> list[tuple[str, int | None]]:
+        """Which numbers a row has: of a field, or of one stage in it."""
+        several = ("stage_losses", "accuracies", "validation")
+        return [
+            *((name, None) for name in ("epoch", "loss", "lr", "seconds")),
+            *((name, stage) for name in several for stage in range(stages)),
+        ]
+
+    def to_row(self, stages: int) -> list[float]:
+        """As numbers, NaN where there is none."""
+        row = []
+        for name, stage in self.columns(stages):
+            value = getattr(self, name)
+            if stage is not None:
+                value = value[stage] if value else None
+            row.append(math.nan if value is None else float(value))
+        return row
+
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> EpochResult:
-        """What ``to_dict`` returned."""
-        found: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**found)
+    def from_row(cls, row: Sequence[float], stages: int) -> EpochResult:
+        """From what ``to_row`` returned."""
+        found: dict[str, Any] = {}
+        for (name, stage), number in zip(cls.columns(stages), row, strict=True):
+            value = None if math.isnan(number) else number
+            found[name] = value if stage is None else (*found.get(name, ()), value)
+        for name in ("accuracies", "validation"):
+            if all(value is None for value in found[name]):
+                found[name] = ()
+        return cls(**{**found, "epoch": int(found["epoch"] or 0)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +119,7 @@ class Progress:
         images_per_second: Over this call so far.
         seconds_left: About, until the end.
         result: The epoch's result, once it is over.
+        history: The results of all epochs that are over.
     """
 
     epoch: int
@@ -105,3 +132,4 @@ class Progress:
     images_per_second: float
     seconds_left: float
     result: EpochResult | None = None
+    history: tuple[EpochResult, ...] = ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -15,19 +14,16 @@ from torch import Tensor, nn
 from s2d_compiler.errors import TrainingDivergedError
 from s2d_compiler.evaluation.evaluating import right_of
 from s2d_compiler.training import checkpoints
+from s2d_compiler.training.distributed import Processes
 from s2d_compiler.training.feeding import Feed
 from s2d_compiler.training.history import EpochResult, Progress
 from s2d_compiler.training.losses import JointLoss
 from s2d_compiler.training.recipe import Recipe
 from s2d_compiler.training.schedules import learning_rate
 from s2d_compiler.training.trainees import Trainee
+from s2d_compiler.training.watching import Watch
 
 __all__ = ["Loop"]
-
-#: The loss has diverged when its mean over about so many steps ...
-_STEPS = 50
-#: ... is so many times that of guessing, and of the first step.
-_TIMES = 3.0
 
 Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
@@ -49,6 +45,8 @@ class Loop:
     validation: Batches | None
     device: torch.device
     run: dict[str, Any]
+    processes: Processes
+    is_asked: Callable[[], bool]
     path: str | None
     every_seconds: float
     every_steps: int | None
@@ -56,8 +54,12 @@ class Loop:
     epoch: int = 0
     step: int = 0
     history: list[EpochResult] = field(default_factory=list)
-    best: dict[str, Any] | None = None
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_epoch: int = 0
+    best_score: float = -1.0
     resumed: int = 0
+    losses: list[float] = field(init=False)
+    right: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = self.trainee.parameters()
@@ -65,48 +67,40 @@ class Loop:
         self.scaler: Any = None
         if self.recipe.precision == "float16":
             self.scaler = torch.amp.GradScaler(self.device.type)
-        self.sums = self._no_sums()
-        self.first_loss: float | None = None
-        self.smooth = 0.0
+        self.watch = Watch(self.loss.of_guessing(len(self.trainee.trained), self.classes))
+        self._begin_epoch()
+        self.started = self.written = time.monotonic()
         self.elapsed = 0.0
         self.done_here = 0
-
-    def _no_sums(self) -> Tensor:
-        # joint loss, losses of all stages, right ones of all stages
-        return torch.zeros(1 + 2 * self.trainee.stages, dtype=torch.float64, device=self.device)
+        self.is_ending = self.is_due = False
 
     # -- the whole -------------------------------------------------------------------------------
 
-    def __call__(self, is_asked_to_end: Callable[[], bool]) -> None:
-        """Train until the end, or until asked to end, with a checkpoint then.
+    def __call__(self) -> None:
+        """Train until the end, or until asked to end; a checkpoint is written then.
 
         Raises:
             TrainingDivergedError: The loss went astray.
         """
-        self.started = time.monotonic()
-        self.written = self.started
+        self.started = self.written = time.monotonic()
         while self.epoch < self.recipe.epochs:
             self.trainee.train()
             for inputs, labels in self.feed.epoch(self.epoch, self.step):
                 self.take_step(inputs, labels)
-                if is_asked_to_end():
+                if self.is_ending or (self.is_due and self.step < self.feed.steps):
                     self.save()
+                if self.is_ending:
                     return
-                if self._is_due() and self.step < self.feed.steps:
-                    self.save()
-            result = self.finish_epoch(is_asked_to_end)
-            if result is None:
-                self.save()
-                return
+            result = self.finish_epoch()
             self.save()
-            self._report(result)
-            if is_asked_to_end():
+            if result is None:
                 return
+            self._report(result)
 
     def _is_due(self) -> bool:
         if self.path is None:
             return False
-        if self.every_steps is not None and self.step % self.every_steps == 0:
+        if self.every_steps is not None and (self.step + 1) % self.every_steps == 0:
             return True
         return time.monotonic() - self.written >= self.every_seconds
 
@@ -125,11 +119,19 @@ class Loop:
             outputs = self.trainee.logits(inputs, frozen=self.is_taught_by_last)
             taught = self._taught(inputs, outputs)
         trained = outputs[: len(self.trainee.trained)]
-        loss, each = self.loss(trained, labels, taught)
-        self._watch(float(loss.detach()))
+        each = self.loss.of_stages(trained, labels, taught)
+        seen = self._agreed(each)
+        weights = self.loss.weights_for(seen)
+        joint = sum(weight * value for weight, value in zip(weights, seen, strict=True))
+        if (problem := self.watch.see(joint)) is not None:
+            self._diverge(problem)
         self.optimizer.zero_grad(set_to_none=True)
-        self._descend(loss)
-        self._add(loss, each, trained, labels)
+        terms = [weight * loss for weight, loss in zip(weights, each, strict=True)]
+        self._descend(torch.stack(terms).sum())
+        self.losses = [a + b for a, b in zip(self.losses, [joint, *seen], strict=True)]
+        if labels is not None:
+            self.right += torch.stack([right_of(logits.detach(), labels).sum()
+                                       for logits in trained])  # fmt: skip
         self.step += 1
         self.done_here += 1
         if self.on_progress is not None:
@@ -146,50 +148,35 @@ class Loop:
         if self.teacher is None:
             return None
         with torch.no_grad():
-            return self.trainee._logits(self.teacher(inputs), len(inputs))
+            return self.trainee.read(self.teacher(inputs), len(inputs))
+
+    def _agreed(self, each: list[Tensor]) -> list[float]:
+        """The losses over the joint batch; and whether some process is to end, or to save."""
+        numbers = torch.stack([loss.detach() for loss in each]).double()
+        if self.processes.count > 1:
+            flags = torch.tensor([self.is_asked(), self._is_due()], dtype=torch.float64)
+            found = self.processes.sum(torch.cat([numbers, flags.to(numbers.device)])).tolist()
+            self.is_ending, self.is_due = found[-2] > 0, found[-1] > 0
+            return [value / self.processes.count for value in found[:-2]]
+        self.is_ending, self.is_due = self.is_asked(), self._is_due()
+        return numbers.tolist()
 
     def _descend(self, loss: Tensor) -> None:
-        clip = self.recipe.clip_norm
-        if self.scaler is None:
-            loss.backward()  # type: ignore[no-untyped-call]
-            if clip is not None:
-                nn.utils.clip_grad_norm_(self.parameters.values(), clip)
+        parameters, scaler = list(self.parameters.values()), self.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        self.processes.average_gradients(parameters)
+        if self.recipe.clip_norm is not None:
+            if scaler is not None:
+                scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm)
+        if scaler is None:
             self.optimizer.step()
             return
-        self.scaler.scale(loss).backward()
-        if clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters.values(), clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-    def _add(
-        self, loss: Tensor, each: list[Tensor], trained: list[Tensor], labels: Tensor | None
-    ) -> None:
-        stages = self.trainee.stages
-        self.sums[0] += loss.detach()
-        for stage, (of_stage, logits) in enumerate(zip(each, trained, strict=True)):
-            self.sums[1 + stage] += of_stage.detach()
-            if labels is not None:
-                self.sums[1 + stages + stage] += right_of(logits.detach(), labels).sum()
-
-    def _watch(self, loss: float) -> None:
-        if self.first_loss is None:
-            self.first_loss = self.smooth = loss
-        self.smooth += (loss - self.smooth) / _STEPS
-        guessing = self.loss.of_guessing(len(self.trainee.trained), self.classes)
-        bound = _TIMES * max(guessing, self.first_loss)
-        if not math.isfinite(loss):
-            self._diverge(f"the loss is {loss}, and it must stay finite")
-        if self.smooth > bound:
-            self._diverge(
-                f"the loss has risen to {self.smooth:.3g} (mean of about {_STEPS} steps), over "
-                f"{_TIMES:g} times that of guessing ({guessing:.3g}) and of the first step "
-                f"({self.first_loss:.3g})"
-            )
+        scaler.step(self.optimizer)
+        scaler.update()
 
     def _diverge(self, problem: str) -> None:
-        kept = "no checkpoint was written"
+        kept = "there is no checkpoint to go back to"
         if self.path is not None and (found := checkpoints.read_checkpoint(self.path)) is not None:
             checkpoints.take(self.trainee.network, found["weights"])
             kept = f"{self.path} keeps the training as it was before"
@@ -200,64 +187,72 @@ class Loop:
 
     # -- an epoch --------------------------------------------------------------------------------
 
-    def finish_epoch(self, is_asked_to_end: Callable[[], bool]) -> EpochResult | None:
+    def finish_epoch(self) -> EpochResult | None:
         """Validate, and note what the epoch was like; None if asked to end before that."""
-        validation = self._validate(is_asked_to_end)
+        self.processes.take_from_first(self.trainee.network.buffers())
+        validation = self._validate()
         if validation is None:
             return None
-        now = time.monotonic()
-        seconds = self.elapsed + now - self.started
-        before = sum(result.seconds for result in self.history)
-        losses, accuracies = self._means()
+        right = self.processes.sum(self.right.clone())
+        losses, accuracies = self._means(right, self.processes.count)
+        stages = range(self.trainee.stages)
         result = EpochResult(
             self.epoch + 1,
             losses[0],
-            tuple(losses[1 + k] if k != self.trainee.frozen else None
-                  for k in range(self.trainee.stages)),
+            tuple(None if k == self.trainee.frozen else losses[1 + k] for k in stages),
             accuracies,
             validation,
             self.optimizer.param_groups[0]["lr"],
-            seconds - before,
-        )  # fmt: skip
+            self._seconds() - sum(result.seconds for result in self.history),
+        )
         self.history.append(result)
         if self.recipe.keep == "best" and validation:
-            score = sum(validation[k] for k in self.trainee.trained)
-            if self.best is None or score > self.best["score"]:
-                weights = {
-                    name: tensor.cpu().clone()
-                    for name, tensor in checkpoints.tensors_of(self.trainee.network).items()
-                }
-                self.best = {"score": score, "epoch": self.epoch + 1, "weights": weights}
+            self._keep_best(sum(validation[k] for k in self.trainee.trained))
         self.epoch, self.step = self.epoch + 1, 0
-        self.sums = self._no_sums()
+        self._begin_epoch()
         return result
 
-    def _means(self) -> tuple[list[float], tuple[float | None, ...]]:
-        steps, stages = max(1, self.step), self.trainee.stages
-        sums = self.sums.tolist()
-        losses = [value / steps for value in sums[: 1 + stages]]
+    def _begin_epoch(self) -> None:
+        count = len(self.trainee.trained)
+        self.losses = [0.0] * (1 + count)
+        self.right = torch.zeros(count, dtype=torch.long, device=self.device)
+
+    def _seconds(self) -> float:
+        return self.elapsed + time.monotonic() - self.started
+
+    def _keep_best(self, score: float) -> None:
+        if score > self.best_score:
+            weights = checkpoints.tensors_of(self.trainee.network)
+            self.best = {name: tensor.cpu().clone() for name, tensor in weights.items()}
+            self.best_epoch, self.best_score = self.epoch + 1, score
+
+    def _means(self, right: Tensor, processes: int) -> tuple[list[float], tuple[float | None, ...]]:
+        """Mean losses and shares of right answers, of so many processes' answers."""
+        steps = max(1, self.step)
+        losses = [value / steps for value in self.losses]
         if self.feed.labels is None:
             return losses, ()
-        images = steps * self.recipe.batch_size * self.feed.processes
-        right: list[float | None] = [value / images for value in sums[1 + stages :]]
+        images = steps * self.recipe.batch_size * processes
+        shares: list[float | None] = [count / images for count in right.tolist()]
         if self.trainee.frozen is not None:
-            right[self.trainee.frozen] = None
-        return losses, tuple(right)
+            shares.append(None)
+        return losses, tuple(shares)
 
-    def _validate(self, is_asked_to_end: Callable[[], bool]) -> tuple[float, ...] | None:
+    def _validate(self) -> tuple[float, ...] | None:
         if self.validation is None:
-            return ()
+            return () if not self.is_asked() or self.processes.count > 1 else None
         self.trainee.network.eval()
-        right = torch.zeros(self.trainee.stages, dtype=torch.long, device=self.device)
-        count = 0
+        found = torch.zeros(self.trainee.stages + 2, dtype=torch.long, device=self.device)
         with torch.no_grad():
             for inputs, labels in self.validation():
                 outputs = self.trainee.logits(inputs)
-                right += torch.stack([right_of(logits, labels).sum() for logits in outputs])
-                count += len(labels)
-                if is_asked_to_end():
-                    return None
-        return tuple(value / count for value in right.tolist())
+                found[:-2] += torch.stack([right_of(logits, labels).sum() for logits in outputs])
+                found[-2] += len(labels)
+                if self.is_asked():
+                    found[-1] = 1
+                    break
+        *right, count, is_ending = self.processes.sum(found).tolist()
+        return None if is_ending else tuple(value / count for value in right)
 
     def _report(self, result: EpochResult | None) -> None:
         if self.on_progress is None:
@@ -267,17 +262,17 @@ class Loop:
         done = self.epoch * self.feed.steps + self.step
         left = self.recipe.epochs * self.feed.steps - done
         if result is None:
-            losses, accuracies = self._means()
+            losses, accuracies = self._means(self.right, 1)
             loss, epoch, step = losses[0], self.epoch + 1, self.step
         else:
             loss, accuracies = result.loss, result.accuracies
             epoch, step = result.epoch, self.feed.steps
-        images = self.recipe.batch_size * self.feed.processes
+        images = self.recipe.batch_size * self.processes.count
         self.on_progress(
             Progress(
                 epoch, step, self.feed.steps, self.recipe.epochs, loss, accuracies,
                 self.optimizer.param_groups[0]["lr"], speed * images,
-                left / speed if speed else 0.0, result,
+                left / speed if speed else 0.0, result, tuple(self.history),
             )
         )  # fmt: skip
 
@@ -290,30 +285,41 @@ class Loop:
             TrainingDivergedError: They are not.
             OutputError: The file cannot be written; the one before stays.
         """
-        weights = checkpoints.tensors_of(self.trainee.network)
-        if not all(bool(t.isfinite().all()) for t in self.parameters.values()):
-            self._diverge("weights are no longer finite")
+        if not all(bool(tensor.isfinite().all()) for tensor in self.parameters.values()):
+            self._diverge("weights are no longer finite, and they must be")
         if self.path is None:
             return
-        now = time.monotonic()
-        data = {
+        state = self.state()
+        if self.processes.is_first:
+            checkpoints.write_checkpoint(self.path, state)
+        self.written = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """All that the training is, for a checkpoint: what ``resume`` takes."""
+        weights = checkpoints.tensors_of(self.trainee.network)
+        return {
             "run": self.run,
             "now": checkpoints.hash_of(weights),
             "epoch": self.epoch,
             "step": self.step,
             "weights": weights,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "sums": self.sums,
-            "first_loss": self.first_loss,
-            "smooth": self.smooth,
-            "history": [result.to_dict() for result in self.history],
+            "optimizer": checkpoints.slots_of(self.optimizer),
+            "scaler": {} if self.scaler is None else self.scaler.state_dict(),
+            "losses": self.losses,
+            "right": self.processes.all_of(self.right.cpu()),
+            "watch": [self.watch.first, self.watch.mean],
+            "history": self._rows(),
             "best": self.best,
-            "random": checkpoints.random_states(self.device),
-            "elapsed": self.elapsed + now - self.started,
+            "best_epoch": self.best_epoch,
+            "best_score": self.best_score,
+            "random": self.processes.all_of(checkpoints.random_states(self.device)),
+            "seconds": self._seconds(),
         }
-        checkpoints.write_checkpoint(self.path, data)
-        self.written = time.monotonic()
+
+    def _rows(self) -> Tensor:
+        width = len(EpochResult.columns(self.trainee.stages))
+        rows = [result.to_row(self.trainee.stages) for result in self.history]
+        return torch.tensor(rows, dtype=torch.float64).view(len(rows), width)
 
     def resume(self, found: dict[str, Any]) -> None:
         """Go on from a checkpoint of this run.
@@ -321,21 +327,25 @@ class Loop:
         Raises:
             CheckpointError: Something in it is damaged.
         """
-        weights = checkpoints.tensors_of(self.trainee.network)
-        checkpoints.require_like(found.get("weights"), weights, "weights")
-        checkpoints.require_like(found.get("sums"), self.sums, "sums")
+        assert self.path is not None
+        slots = checkpoints.possible_slots_of(self.optimizer)
+        fresh = {**self.state(), "optimizer": slots}
+        checkpoints.require_state(self.path, found, fresh, self.recipe.epochs, self.feed.steps)
         checkpoints.take(self.trainee.network, found["weights"])
-        checkpoints.load_optimizer(self.optimizer, found.get("optimizer"))
+        checkpoints.set_slots(self.optimizer, found["optimizer"])
         if self.scaler is not None:
             self.scaler.load_state_dict(found["scaler"])
         self.epoch, self.step = found["epoch"], found["step"]
-        self.sums = found["sums"].to(self.device)
-        self.first_loss, self.smooth = found["first_loss"], found["smooth"]
-        self.history = [EpochResult.from_dict(row) for row in found["history"]]
-        self.best = found["best"]
-        self.elapsed = found["elapsed"]
+        self.losses = found["losses"]
+        self.right = found["right"][self.processes.rank].to(self.device)
+        self.watch.first, self.watch.mean = found["watch"]
+        self.history = [EpochResult.from_row(row, self.trainee.stages)
+                        for row in found["history"].tolist()]  # fmt: skip
+        self.best, self.best_epoch = found["best"], found["best_epoch"]
+        self.best_score = found["best_score"]
+        self.elapsed = found["seconds"]
         self.resumed = len(self.history)
-        checkpoints.set_random_states(found["random"], self.device)
+        checkpoints.set_random_states(found["random"][self.processes.rank], self.device)
 
 
 def _optimizer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,25 +40,26 @@ class JointLoss:
         """The loss of a recipe whose weights and share of distillation are known."""
         return cls(weights, distill, recipe.temperature, recipe.label_smoothing)
 
-    def __call__(
+    def of_stages(
         self, outputs: Sequence[Tensor], labels: Tensor | None, teacher: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The loss to go down, and that of each stage by itself.
+    ) -> list[Tensor]:
+        """The loss of each stage by itself.
 
         Args:
             outputs: Logits ``(N, C)`` of each trained stage.
             labels: ``(N,)``; None only where everything is distilled.
             teacher: Its logits ``(N, C)``; None only where nothing is distilled.
         """
-        each = [self._of_stage(logits, labels, teacher) for logits in outputs]
+        return [self._of_stage(logits, labels, teacher) for logits in outputs]
+
+    def weights_for(self, losses: Sequence[float]) -> tuple[float, ...]:
+        """What each stage's loss is multiplied with, in a batch of these losses.
+
+        The adaptive ones are the last loss divided by each, so that all count the same.
+        """
         if self.weights is not None:
-            terms = [weight * loss for weight, loss in zip(self.weights, each, strict=True)]
-        else:
-            last = each[-1].detach()
-            smallest = torch.finfo(last.dtype).tiny
-            terms = [last / loss.detach().clamp_min(smallest) * loss for loss in each[:-1]]
-            terms.append(each[-1])
-        return torch.stack(terms).sum(), each
+            return self.weights
+        return tuple(losses[-1] / max(loss, sys.float_info.min) for loss in losses)
 
     def _of_stage(self, logits: Tensor, labels: Tensor | None, teacher: Tensor | None) -> Tensor:
         logits = _at_least_float32(logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +76,17 @@ class Trainee:
             inputs: ``(N, ...)``.
             frozen: Whether a frozen last stage is asked, too; its logits have no gradient.
         """
-        return [self._logits(output, len(inputs)) for output in self._outputs(inputs, frozen)]
+        return [self.read(output, len(inputs)) for output in self._outputs(inputs, frozen)]
 
     def _outputs(self, inputs: Tensor, frozen: bool) -> Iterator[Tensor]:
         yield self.network(inputs)
 
-    def _logits(self, output: Tensor, samples: int) -> Tensor:
+    def read(self, output: Any, samples: int) -> Tensor:
+        """What a network returned for so many samples as logits ``(N, C)``, C at least 2.
+
+        Raises:
+            DataError: It is no such tensor.
+        """
         return two_sided(require_logits(output, samples))
 
 
