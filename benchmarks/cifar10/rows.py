@@ -63,6 +63,18 @@ def _staged(split: list[int], concat: Any, **others: Any) -> dict[str, Any]:
             "input_shape": [3, 32, 32], **others}  # fmt: skip
 
 
+def _table_4() -> dict[str, Any]:
+    """More of the channels in stage 1 where the resolution is small."""
+    return {
+        **_staged([3, 4], "none"),
+        "resolutions": {
+            "32x32": {"split": [3, 4], "concat": [[2, 1], [3, 1]]},
+            "16x16": {"split": [4, 5], "concat": [[2, 1]]},
+            "8x8": {"split": [6, 7], "concat": [[3, 2]]},
+        },
+    }
+
+
 def _depth(head: str) -> dict[str, Any]:
     return {"exits": _DEPTHS, "head": head, "input_shape": [3, 32, 32]}
 
@@ -81,6 +93,7 @@ def rows_of(network: str) -> tuple[Row, ...]:
         Row("branchynet", "BranchyNet exits", "depth", build, _depth("branchynet"), **started),
         Row("s2d-3-2-3", "S2D 3/2/3, full reuse", "staged", build, _staged([3, 5], "all"),
             **started),
+        Row("s2d-table-4", "S2D, plan of S2DNAS's Table 4", "staged", build, _table_4(), **started),
         Row("s2d-3-5", "S2D 3/5, full reuse", "staged", build, _staged([3], "all"), **started),
         Row("s2d-4-1-3-partial", "S2D 4/1/3, stage 3 reads stage 1", "staged", build,
             _staged([4, 5], [[3, 1]]), **started),
