@@ -115,11 +115,7 @@ class Loop:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with self._autocast():
-            outputs = self.trainee.logits(inputs, frozen=self.is_taught_by_last)
-            taught = self._taught(inputs, outputs)
-        trained = outputs[: len(self.trainee.trained)]
-        each = self.loss.of_stages(trained, labels, taught)
+        each, trained = self.forward(inputs, labels)
         seen = self._agreed(each)
         weights = self.loss.weights_for(seen)
         joint = sum(weight * value for weight, value in zip(weights, seen, strict=True))
@@ -136,6 +132,14 @@ class Loop:
         self.done_here += 1
         if self.on_progress is not None:
             self._report(None)
+
+    def forward(self, inputs: Tensor, labels: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """The loss of each trained stage, and its logits."""
+        with self._autocast():
+            outputs = self.trainee.logits(inputs, frozen=self.is_taught_by_last)
+            taught = self._taught(inputs, outputs)
+        trained = outputs[: len(self.trainee.trained)]
+        return self.loss.of_stages(trained, labels, taught), trained
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.recipe.precision == "float32":
