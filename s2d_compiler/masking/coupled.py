@@ -121,9 +121,8 @@ def _reduced(
     """Of some positions; any finite numbers where there are none."""
     name = reduction._opname
     if name == "mean":
-        share = own.numel() / own.sum().clamp(min=1)
         result = reduction(x.masked_fill(~own, 0), *rest, **keywords)
-        return torch.as_tensor(result * share.to(result.dtype))
+        return torch.as_tensor(result * (own.numel() / own.sum().clamp(min=1).to(result.dtype)))
     if name in ("var", "std"):
         return _spread(reduction, x, own, rest, keywords)
     fill: Any = {"sum": 0, "prod": 1, "any": False, "all": True, "norm": 0}.get(name, 0)
