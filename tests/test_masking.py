@@ -6,7 +6,6 @@ import pytest
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
-from s2d_compiler import transform
 from s2d_compiler.errors import PlanError
 from tests import masking
 from tests.networks import BLOCKS, Drawn, DrawnPick, networks, seeded, settle

@@ -154,7 +154,8 @@ def _spread(
     count = own.sum() * positions
     mean = x.masked_fill(~own, 0).sum(dims, keepdim=True) / count.clamp(min=1)
     squares = (x - mean).masked_fill(~own, 0).square().sum(dims, keepdim=keep)
-    variance = squares / (count - correction)
-    if reduction._opname == "std":
-        variance = torch.where(own.any(), variance, 1).sqrt()
+    variance = squares / torch.where(own.any(), count - correction, 1)
+    if reduction._opname == "std":  # whose gradient is none where all numbers are equal
+        equal = variance == 0
+        variance = torch.where(equal, 0, torch.where(equal, 1, variance).sqrt())
     return torch.as_tensor(variance)
