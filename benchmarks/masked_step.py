@@ -79,8 +79,9 @@ def _step(
     form: str, module: nn.Module, images: torch.Tensor, labels: torch.Tensor,
     layout: str, precision: str, device: str,
 ) -> Step:  # fmt: skip
-    network = copy.deepcopy(module).train().to(device, memory_format=LAYOUTS[layout])
-    images = images.to(device, memory_format=LAYOUTS[layout])
+    where: Any = {"device": device, "memory_format": LAYOUTS[layout]}
+    network = copy.deepcopy(module).train().to(**where)
+    images = images.to(**where)
     labels = labels.to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     half = precision == "bfloat16"
@@ -95,7 +96,7 @@ def _step(
             used = exits[-1:] if form == "masked, last" else exits
             losses = [functional.cross_entropy(output, labels) for output in used]
             loss = torch.stack(losses).sum()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         _wait(device)
         return time.perf_counter() - start
@@ -118,9 +119,7 @@ def measured(name: str, stages: int, precision: str, device: str, turns: int) ->
         {key: run() for key, run in runs.items()} for _ in range(turns)
     ]
     typical = {key: statistics.median(turn[key] for turn in times) for key in runs}
-    best = {
-        form: min(LAYOUTS, key=lambda layout, form=form: typical[form, layout]) for form, _ in runs
-    }
+    best = {form: min((typical[form, k], k) for k in LAYOUTS)[1] for form, _ in runs}
     ratios = {
         form: statistics.median(turn[form, best[form]] / turn["static", best["static"]]
                                 for turn in times)
@@ -169,10 +168,8 @@ def main(
         measure: Whether to make rows.
     """
     torch.set_num_threads(threads)
-    kept = (
-        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    )
-    rows = {_key(row): row for row in kept}
+    lines = results.read_text().splitlines() if results.exists() else []
+    rows = {_key(row): row for row in map(json.loads, lines)}
     for name in models if measure else ():
         for precision in precisions:
             for count in stages:
