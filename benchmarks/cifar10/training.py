@@ -71,7 +71,7 @@ def train(row: Row, work: Work, console: Console) -> None:
         validation=held_out,
         preprocessing=PREPROCESSING,
         teacher=teacher if row.has_teacher else None,
-        original=None if row.plan.get("stages") == 1 or "exits" in row.plan else start,
+        original=start if row.group == "staged" else None,
         checkpoint=work.folder / f"{row.name}.checkpoint",
         on_progress=_Printed(row.name, console),
         device=work.device,
@@ -88,6 +88,7 @@ def _recipe(row: Row, work: Work) -> Recipe:
         settings.setdefault("lr", work.start_lr)
     if not row.has_teacher:
         settings["distill"] = 0.0
+    settings["form"] = "masked" if row.group == "staged" else "staged"
     return replace(work.recipe, **settings)
 
 
