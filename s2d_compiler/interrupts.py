@@ -77,7 +77,7 @@ def noted() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: object) -> None:
         if received:
-            _note(number, frame)
+            (_note if before[number] is _note else _raise_for)(number, frame)
         received.append(number)
 
     for number in mine:
@@ -88,7 +88,7 @@ def noted() -> Iterator[Callable[[], bool]]:
         for number in mine:
             signal.signal(number, before[number])
     if received:
-        _note(received[0], None)
+        (_note if before[received[0]] is _note else _raise_for)(received[0], None)
 
 
 def heed() -> None:
@@ -103,6 +103,10 @@ def _numbers() -> list[int]:
 
 def _note(number: int, frame: object) -> None:
     _received.append(number)
+    _raise(number)
+
+
+def _raise_for(number: int, frame: object) -> None:
     _raise(number)
 
 
