@@ -7,18 +7,16 @@ import logging
 import os
 import random
 import signal
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from s2d_compiler import Recipe, fit, output
+from s2d_compiler import Recipe, fit
 from s2d_compiler.errors import CheckpointError, OutputError, TrainingDivergedError
 from s2d_compiler.training import checkpoints
 from s2d_compiler.training.checkpoints import read_checkpoint
@@ -38,49 +36,36 @@ def training(folder: Path, ending: str = "", recipe: Recipe = LONG, **given: Any
     return 0
 
 
-def killing(folder: Path, line: int) -> int:
-    """Train, and be killed before the given line that runs in the training or in writing files.
+def killing(folder: Path, seconds: float, step: int) -> int:
+    """Train, and be killed after some seconds or steps."""
 
-    Returns:
-        How many lines there were, in a file, where there are fewer.
-    """
-    lines = 0
-
-    def at_line(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal lines
-        lines += event == "line"
-        if lines == line:
+    def callback(_: object) -> None:
+        nonlocal step
+        step -= 1
+        if step == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return at_line
 
-    def at_call(frame: FrameType, event: str, _: object) -> Any:
-        name = frame.f_code.co_filename
-        return at_line if "/training/" in name or name == output.__file__ else None
-
-    sys.settrace(at_call)
-    training(folder)
-    sys.settrace(None)
-    (folder / "lines").write_text(str(lines))
-    return 0
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    return training(folder, on_progress=callback)
 
 
 @needs_fork
-def test_killed_at_any_line_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """At any step; ``make faults`` kills at any time as well."""
     (tmp_path / "whole").mkdir()
-    assert wait(start(lambda: killing(tmp_path / "whole", 0))) == 0
-    lines = int((tmp_path / "whole" / "lines").read_text())
+    assert training(tmp_path / "whole") == 0
     chance, killed, cut = random.Random(0), 0, 0
     for number in range(20 if many() else 1):
         folder = tmp_path / str(number)
         folder.mkdir()
-        line = 0
-        while line < lines:
-            line = chance.randrange(lines // 6, lines)
-            status = wait(start(lambda folder=folder, line=line: killing(folder, line)))
-            if status == 0:
-                break
-            assert status == -signal.SIGKILL
-            killed += 1
+        status = -signal.SIGKILL
+        while status:
+            seconds = chance.uniform(0.05, 2.0) if many() else 0.0
+            steps = chance.randrange(4, 16)
+            status = wait(start(lambda folder=folder, a=seconds, b=steps: killing(folder, a, b)))
+            assert status in (0, -signal.SIGKILL)
+            killed += status != 0
             found = read_checkpoint(folder / "c")
             cut += found is not None and found["step"] > 0
         ends = [torch.load(f / "end", weights_only=True) for f in (tmp_path / "whole", folder)]
@@ -143,10 +128,9 @@ def test_a_disk_that_fills_keeps_the_checkpoint_before(tmp_path: Path) -> None:
             fit(network(), samples(), LONG, checkpoint=folder / "c", checkpoint_steps=1,
                 on_progress=stopping(3))  # fmt: skip
         old = (folder / "c").read_bytes()
-        with open(folder / "full", "wb") as file:
-            with suppress(OSError):
-                while True:
-                    os.write(file.fileno(), b"\0" * 4096)
+        with open(folder / "full", "wb") as file, suppress(OSError):
+            while True:
+                os.write(file.fileno(), b"\0" * 4096)
         try:
             fit(network(), samples(), LONG, checkpoint=folder / "c", checkpoint_steps=1)
         except OutputError as error:
