@@ -189,7 +189,7 @@ def _begun(trainees: list[Trainee], found: Any) -> list[Trainee]:
 
 def _run(trainee: Trainee, recipe: Recipe, feed: Feed, teacher: nn.Module | None) -> dict[str, Any]:
     """What a checkpoint is known by."""
-    tensors = checkpoints.tensors_of(trainee.network)
+    tensors = checkpoints.tensors_of(trainee.hand_over())
     taught = "" if teacher is None else checkpoints.hash_of(checkpoints.tensors_of(teacher))
     return {
         "network": checkpoints.hash_of(tensors, numbers=False),

@@ -87,6 +87,8 @@ class Loop:
             self.trainee.train()
             for inputs, labels in self.feed.epoch(self.epoch, self.step):
                 self.take_step(inputs, labels)
+                if self.processes.count == 1:  # the others would not know
+                    self.is_ending = self.is_asked()
                 if self.is_ending or (self.is_due and self.step < self.feed.steps):
                     self.save()
                 if self.is_ending:
@@ -162,7 +164,7 @@ class Loop:
             found = self.processes.sum(torch.cat([numbers, flags.to(numbers.device)])).tolist()
             self.is_ending, self.is_due = found[-2] > 0, found[-1] > 0
             return [value / self.processes.count for value in found[:-2]]
-        self.is_ending, self.is_due = self.is_asked(), self._is_due()
+        self.is_due = self._is_due()
         return numbers.tolist()
 
     def _descend(self, loss: Tensor) -> None:
@@ -303,7 +305,7 @@ class Loop:
         weights = checkpoints.tensors_of(self.trainee.network)
         return {
             "run": self.run,
-            "now": checkpoints.hash_of(weights),
+            "now": checkpoints.hash_of(checkpoints.tensors_of(self.trainee.hand_over())),
             "epoch": self.epoch,
             "step": self.step,
             "weights": weights,

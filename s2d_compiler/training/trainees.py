@@ -50,8 +50,9 @@ class Trainee:
         """The modules that are not trained."""
         return None
 
-    def hand_over(self) -> None:
-        """Give the weights to the network that ``fit`` was called with."""
+    def hand_over(self) -> nn.Module:
+        """Give the weights to the network that ``fit`` was called with, and return that."""
+        return self.network
 
     @property
     def call(self) -> CallShape | None:
@@ -164,9 +165,11 @@ class MaskedTrainee(Trainee):
         name = next(name for (stage, _), name in self.network._names.items() if stage == ORIGINAL)
         return self.network.get_submodule(name.partition(".")[0])
 
-    def hand_over(self) -> None:
-        if self.staged is not None:
-            self.network.write_to(self.staged)
+    def hand_over(self) -> nn.Module:
+        if self.staged is None:
+            return self.network
+        self.network.write_to(self.staged)
+        return self.staged
 
     def _outputs(self, inputs: Tensor, frozen: bool) -> Iterator[Tensor]:
         outputs = self.network(inputs)
