@@ -16,7 +16,7 @@ from s2d_compiler.analysis.assignment import StageAssignment
 from s2d_compiler.compiler import Steps, compile_program
 from s2d_compiler.dynamic import DynamicModel
 from s2d_compiler.errors import CheckError
-from s2d_compiler.masked import masked_outputs, static_outputs
+from s2d_compiler.masked_evaluation import masked_outputs, static_outputs
 from s2d_compiler.memory import explained
 from s2d_compiler.program import Program
 from s2d_compiler.thin import originals

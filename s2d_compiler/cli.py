@@ -1,5 +1,5 @@
-"""The commands: ``s2d-compile``, and ``s2d`` with ``compile``, ``inspect``, ``calibrate``,
-``show``, ``verify``, ``eval``, ``bench``, ``report``.
+"""The commands: ``s2d-compile``, and ``s2d`` with ``compile``, ``inspect``, ``train``,
+``calibrate``, ``show``, ``verify``, ``eval``, ``bench``, ``report``.
 
 A command computes its ``Result`` and prints nothing; ``commands.running`` prints it, as text or as
 JSON, and turns errors into a sentence and an exit status:
@@ -30,6 +30,7 @@ from s2d_compiler.commands.inspecting import inspect
 from s2d_compiler.commands.reporting import report_network
 from s2d_compiler.commands.running import run
 from s2d_compiler.commands.showing import show
+from s2d_compiler.commands.training import train_network
 from s2d_compiler.commands.verifying import verify_network
 
 __all__ = ["compile_main", "main"]
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     app = _app("s2d", "Turn a trained network into a dynamic one: stages with early exits.")
     app.command(compile_model, name="compile")
     app.command(inspect)
+    app.command(train_network, name="train")
     app.command(calibrate_network, name="calibrate")
     app.command(show)
     app.command(verify_network, name="verify")

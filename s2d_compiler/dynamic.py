@@ -44,40 +44,22 @@ class Interface:
     features: int
 
 
-@dataclass(frozen=True)
-class DynamicParts:
-    """Everything that a staged network is made of besides its modules.
+@dataclass(frozen=True, kw_only=True)
+class CallShape:
+    """What a network is called with, and what it returns.
 
     Attributes:
-        plan: The plan.
-        cost: Cost per stage.
-        report: What was cut and why.
-        provenance: State-dict key -> slice of the original.
-        interfaces: Per stage, what it takes and hands on.
-        owners: Stage of every atom of the original, from 1; none with exits along depth.
         input_shapes: Shape of each input without the batch.
         batch: None, or the only batch size that the network takes.
         output_spec: pytree structure of the original's output; None for one tensor.
-        made_by: Versions, command, hash of the model and seed.
         input_spec: pytree structure of ``(positional, keyword)`` inputs; None where all are
             positional tensors.
     """
 
-    plan: AnyPlan
-    cost: Cost
-    report: Report | DepthReport
-    provenance: Mapping[str, Slice]
-    interfaces: tuple[Interface, ...]
-    owners: tuple[int, ...]
     input_shapes: tuple[tuple[int, ...], ...]
     batch: int | None
     output_spec: Any
-    made_by: Mapping[str, Any]
     input_spec: Any = None
-
-    def __deepcopy__(self, memo: object) -> DynamicParts:
-        """Nothing in it changes, so that copies of a network share it."""
-        return self
 
     def flat_inputs(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Any, ...]:
         """The input tensors in the order of the program, checked.
@@ -128,6 +110,38 @@ class DynamicParts:
                 f"network takes batches of {self.batch} only; hand in that many."
             )
 
+    def structured(self, leaves: tuple[Any, ...]) -> Any:
+        """Flat outputs in the original's structure."""
+        spec = self.output_spec
+        return leaves[0] if spec is None else pytree.tree_unflatten(list(leaves), spec)
+
+
+@dataclass(frozen=True)
+class DynamicParts(CallShape):
+    """Everything that a staged network is made of besides its modules.
+
+    Attributes:
+        plan: The plan.
+        cost: Cost per stage.
+        report: What was cut and why.
+        provenance: State-dict key -> slice of the original.
+        interfaces: Per stage, what it takes and hands on.
+        owners: Stage of every atom of the original, from 1; none with exits along depth.
+        made_by: Versions, command, hash of the model and seed.
+    """
+
+    plan: AnyPlan
+    cost: Cost
+    report: Report | DepthReport
+    provenance: Mapping[str, Slice]
+    interfaces: tuple[Interface, ...]
+    owners: tuple[int, ...]
+    made_by: Mapping[str, Any]
+
+    def __deepcopy__(self, memo: object) -> DynamicParts:
+        """Nothing in it changes, so that copies of a network share it."""
+        return self
+
     def read_after(self, number: int) -> set[tuple[int, int]]:
         """Features that stages after this one (an index) read: stage and position."""
         return {
@@ -136,11 +150,6 @@ class DynamicParts:
             for where in interface.inputs
             if where[0] == "feature"
         }
-
-    def structured(self, leaves: tuple[Any, ...]) -> Any:
-        """Flat outputs in the original's structure."""
-        spec = self.output_spec
-        return leaves[0] if spec is None else pytree.tree_unflatten(list(leaves), spec)
 
 
 def _call_text(spec: Any) -> str:

@@ -153,6 +153,45 @@ class CalibrationError(S2DError):
     """
 
 
+class TrainingDivergedError(S2DError):
+    """The loss of a training is no longer finite, or has grown beyond what guessing gives.
+
+    Example:
+        epoch 1, step 12: the loss is nan, and it must stay finite; lower the learning rate (0.4),
+        warm up (warmup_steps) or clip gradients (clip_norm).
+
+    What to do:
+        As the message says. The last checkpoint was written before that and is kept, and the
+        network holds its weights.
+    """
+
+
+class CheckpointError(S2DError):
+    """A training cannot go on from a checkpoint: it is damaged, or of another training.
+
+    Example:
+        run.ckpt: recipe.lr is 0.1 there and 0.05 here, and a training goes on only as it began;
+        give what it began with, or name another file.
+
+    What to do:
+        Give the same network, data, recipe and teacher, or name another file for another
+        training.
+    """
+
+
+class ProcessError(S2DError):
+    """Another process of a training with several processes does not answer any more.
+
+    Example:
+        process 1: another process of this training does not answer (Connection closed by peer),
+        and each step takes all of them; see what it said, and start all again
+
+    What to do:
+        Look at what the other process printed: it ended first. With a checkpoint, the training
+        goes on from there when all are started again.
+    """
+
+
 class FormatError(S2DError):
     """A ``dyn.pt`` file is damaged, of a newer format, or is no such file.
 

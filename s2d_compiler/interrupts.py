@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Terminated", "heed", "terminable"]
+__all__ = ["Terminated", "heed", "noted", "terminable"]
 
 #: SIGHUP comes when the terminal is closed; not every system has it.
 _ENDING = ("SIGTERM", "SIGHUP")
@@ -57,6 +57,38 @@ def terminable() -> Iterator[None]:
         for number in mine:
             signal.signal(number, before[number])
         _received.clear()
+
+
+@contextmanager
+def noted() -> Iterator[Callable[[], bool]]:
+    """Let the work in the block come to a good place before it ends for a signal.
+
+    The block is given a function that says whether a signal came; once one did, the block is to
+    end soon, and the interrupt is raised after it. A second signal interrupts at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in _numbers()}
+    mine = [
+        n for n, h in before.items() if h in (signal.SIG_DFL, signal.default_int_handler, _note)
+    ]
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if received:
+            _note(number, frame)
+        received.append(number)
+
+    for number in mine:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number in mine:
+            signal.signal(number, before[number])
+    if received:
+        _note(received[0], None)
 
 
 def heed() -> None:

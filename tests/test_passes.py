@@ -27,7 +27,7 @@ from s2d_compiler.analysis.assignment import StageAssignment, assign
 from s2d_compiler.analysis.channels import analyse_channels
 from s2d_compiler.compiler import default_pipeline
 from s2d_compiler.errors import PassError
-from s2d_compiler.masked import masked_outputs, static_outputs
+from s2d_compiler.masked_evaluation import masked_outputs, static_outputs
 from s2d_compiler.provenance import Slice
 from s2d_compiler.staging import new_staged_graph
 from s2d_compiler.thin import fill

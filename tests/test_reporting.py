@@ -542,6 +542,18 @@ def test_the_command_beside_the_original(folder: Path) -> None:
     assert f"The original is right for {share:.2%}" in Page(folder / "r.html").text
 
 
+def test_the_command_without_labels(folder: Path) -> None:
+    """Of a file that has none, as of one that has some."""
+    with numpy.load("a.npz") as file:
+        numpy.savez("b.npz", images=file["images"])
+    for name in ("a", "b"):
+        words = f"report dyn.pt --data {name}.npz -o {name}.html --no-labels"
+        assert cli.main(words.split()) == 0
+    one, other = (Page(folder / f"{name}.html") for name in ("a", "b"))
+    assert "These samples have no labels" in one.text
+    assert one.source.replace("a.npz", "b.npz") == other.source
+
+
 def test_what_the_command_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
         ("-o dyn.pt --data a.npz", "dyn.pt is the compiled network itself"),

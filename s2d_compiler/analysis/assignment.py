@@ -85,8 +85,23 @@ class StageAssignment:
         return alive
 
 
-def assign(program: Program, channels: ChannelAnalysis, plan: Plan) -> StageAssignment:
+RowWeights = Callable[[str], npt.NDArray[np.float64]]
+
+
+def assign(
+    program: Program,
+    channels: ChannelAnalysis,
+    plan: Plan,
+    row_weights_of: RowWeights | None = None,
+) -> StageAssignment:
     """Apply a plan.
+
+    Args:
+        program: The captured model.
+        channels: Its channels.
+        plan: The plan.
+        row_weights_of: What order "l1" goes by, of a layer by name; the program's own weights
+            (``row_weights``) where there is none.
 
     Raises:
         PlanError: The plan names a resolution or layer that the model does not have, or
@@ -94,7 +109,7 @@ def assign(program: Program, channels: ChannelAnalysis, plan: Plan) -> StageAssi
     """
     plan.check_against(cut_resolutions(channels), cut_layers(channels))
     owners = np.zeros(channels.atom_count, dtype=np.int64)
-    weights = cache(partial(row_weights, program))
+    weights = row_weights_of or cache(partial(row_weights, program))
     for family in channels.families:
         split = plan.split_for(family.resolution, family.writers)
         order = family.atoms if plan.order == "index" else _by_weight(channels, family, weights)
@@ -123,9 +138,7 @@ def cut_layers(channels: ChannelAnalysis) -> tuple[str, ...]:
     )
 
 
-def _by_weight(
-    channels: ChannelAnalysis, family: Family, weights: Callable[[str], npt.NDArray[np.float64]]
-) -> tuple[int, ...]:
+def _by_weight(channels: ChannelAnalysis, family: Family, weights: RowWeights) -> tuple[int, ...]:
     """Atoms by the sum of absolute weights over all writers' rows, largest first."""
     atoms = np.asarray(family.atoms, dtype=np.int64)
     place = np.full(channels.atom_count, -1, dtype=np.int64)

@@ -89,8 +89,11 @@ class DataSource:
     mean: Annotated[str | None, _Hidden] = None
     std: Annotated[str | None, _Hidden] = None
 
-    def open(self) -> Data:
+    def open(self, *, labels: bool = True) -> Data:
         """The images that are named.
+
+        Args:
+            labels: Whether they must have labels.
 
         Raises:
             UsageError: None are named, or as none can be.
@@ -106,7 +109,7 @@ class DataSource:
         for name, value in (("--batch-size", self.batch_size), ("--limit", self.limit)):
             if value is not None and value < 1:
                 raise UsageError(f"{name}: {value} is below 1; give a number of images")
-        return open_data(self.data, self.split).limited(self.limit)
+        return open_data(self.data, self.split, labels=labels).limited(self.limit)
 
     def preprocessing(self, stored: Preprocessing | None) -> Preprocessing:
         """What is done to the images: what is stored with the network, but for what is given.
@@ -129,11 +132,12 @@ class DataSource:
         given = {name: value for name, value in texts.items() if value is not None}
         return replace(stored or Preprocessing(), **given)
 
-    def samples(self, dyn: Any) -> Samples:
+    def samples(self, dyn: Any, *, labels: bool = True) -> Samples:
         """The images as one network takes them, the first one tried.
 
         Args:
             dyn: The staged network; its ``settings.preprocessing`` is what was stored.
+            labels: Whether they must have labels.
 
         Raises:
             UsageError, DataError: Options, data and network do not fit together.
@@ -142,7 +146,7 @@ class DataSource:
 
         from s2d_compiler.data import require_fit
 
-        data = self.open()
+        data = self.open(labels=labels)
         stored = dyn.settings.preprocessing
         preprocessing = self.preprocessing(stored)
         is_bytes = data.image(0).dtype == torch.uint8

@@ -28,6 +28,7 @@ def report_network(
     *,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     data: DataSource = DATA,
+    no_labels: bool = False,
     policy: str = "stored",
     static: Annotated[Path | None, Parameter(show_default=False)] = None,
     source: ModelSource = SOURCE,
@@ -41,6 +42,7 @@ def report_network(
     Args:
         dyn: The compiled network, dyn.pt.
         output: The file to write, such as report.html; an existing one is replaced.
+        no_labels: Leave out what takes labels; a .npz file then needs none.
         policy: When samples leave: stored (with the network; where none is, a threshold is tried),
             thresholds such as 0.9,0.8 or entropy:0.2,0.4 (never: nobody leaves), macs:N,
             batch-macs:N or ms:N.
@@ -64,7 +66,7 @@ def report_network(
     network = load(dyn, read_device(device)).eval()
     source.require_shape_of(dyn, network.parts.input_shapes)
     chosen = read_policy(policy, network.settings.policy)
-    samples = data.samples(network)
+    samples = data.samples(network, labels=not no_labels)
     original = None if static is None else source.read(static).to(device)
 
     def shown(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
@@ -72,7 +74,8 @@ def report_network(
 
     found = write_report(
         network, samples.data, output, policy=chosen, preprocessing=samples.preprocessing,
-        original=original, file=dyn, batch_size=samples.batch_size, progress=shown,
+        original=original, file=dyn, batch_size=samples.batch_size, labelled=not no_labels,
+        progress=shown,
     )  # fmt: skip
     document = {"output": str(output), "data": samples.data.name, **found.to_dict()}
     return Result(document, [f"written: {output}"])

@@ -58,31 +58,35 @@ def open_cifar(kind: str, root: str, split: str | None) -> Arrays:
     return Arrays(name, images, torch.tensor(found.targets), found.classes)
 
 
-def open_npz(path: str, split: str | None) -> Arrays:
+def open_npz(path: str, split: str | None, *, labels: bool = True) -> Arrays:
     """A file of ``numpy.savez``.
 
     It holds ``images``, ``(N, H, W, C)``, ``(N, C, H, W)`` or ``(N, H, W)`` of bytes or
     floating-point numbers, ``labels``, ``(N,)`` of whole numbers from 0, and may hold ``classes``,
     their names. With a split, the arrays are called ``train_images``, ``train_labels`` and so on.
+    Without ``labels`` there need be none, and each is -1.
 
     Raises:
         DataError: It is no such file, or damaged; nothing pickled is read.
     """
     prefix = "" if split is None else f"{split}_"
     with explained(f"reading {path}", "check that the file is the one you mean"):
-        arrays = _read(path, [f"{prefix}images", f"{prefix}labels"])
+        names = [f"{prefix}images", f"{prefix}labels"]
+        arrays = _read(path, names if labels else names[:1])
     images = _images(arrays[f"{prefix}images"], f"{path}: {prefix}images")
-    labels = _labels(arrays[f"{prefix}labels"], f"{path}: {prefix}labels")
-    if len(images) != len(labels):
+    found = torch.full((len(images),), -1)
+    if labels:
+        found = _labels(arrays[f"{prefix}labels"], f"{path}: {prefix}labels")
+    if len(images) != len(found):
         raise DataError(
-            f"{path}: {len(images)} images and {len(labels)} labels, and each image has one; store "
+            f"{path}: {len(images)} images and {len(found)} labels, and each image has one; store "
             "as many of the one as of the other"
         )
     classes = arrays.get("classes")
-    names = None
+    class_names = None
     if classes is not None and classes.ndim == 1 and classes.dtype.kind == "U":
-        names = [str(name) for name in classes]
-    return Arrays(path if split is None else f"{path} {split}", images, labels, names)
+        class_names = [str(name) for name in classes]
+    return Arrays(path if split is None else f"{path} {split}", images, found, class_names)
 
 
 def _read(path: str, required: list[str]) -> dict[str, NDArray[Any]]:

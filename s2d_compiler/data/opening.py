@@ -19,7 +19,7 @@ _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.\w+)*")
 _SPLIT = re.compile(r"(?P<name>[\w-]*)(\[(?P<range>-?\d{0,12}(:-?\d{0,12}){1,2})\])?")
 
 
-def open_data(spec: str, split: str | None = None) -> Data:
+def open_data(spec: str, split: str | None = None, *, labels: bool = True) -> Data:
     """Open labelled images; nothing is downloaded.
 
     Args:
@@ -31,6 +31,7 @@ def open_data(spec: str, split: str | None = None) -> Data:
             folder in it. ``.npz``: what the names of the arrays begin with (``train_images``).
             Function: its argument ``split``. A Python slice may follow, as in
             ``"train[45000:]"`` or ``"[::2]"``.
+        labels: Whether a ``.npz`` file must have labels; without them each is -1.
 
     Raises:
         DataError: There are no such data, or they are damaged or empty; the message says where
@@ -43,7 +44,7 @@ def open_data(spec: str, split: str | None = None) -> Data:
             f"the split {split!r} is no name, such as train, with or without a slice; write "
             "train[45000:], for example"
         )
-    data = _open(spec, match["name"] or None)
+    data = _open(spec, match["name"] or None, labels)
     if match["range"]:
         bounds = [int(part) if part.lstrip("-") else None for part in match["range"].split(":")]
         if len(bounds) == 3 and bounds[2] == 0:
@@ -55,14 +56,14 @@ def open_data(spec: str, split: str | None = None) -> Data:
     return data
 
 
-def _open(spec: str, split: str | None) -> Data:
+def _open(spec: str, split: str | None, labels: bool) -> Data:
     kind, _, rest = spec.partition(":")
     if kind in ("cifar10", "cifar100") and rest:
         return open_cifar(kind, rest, split)
     if kind == "folder" and rest:
         return open_folder(rest, split)
     if spec.endswith(".npz"):
-        return open_npz(spec, split)
+        return open_npz(spec, split, labels=labels)
     if Path(spec).is_dir():
         return open_folder(spec, split)
     if _FUNCTION.fullmatch(spec):

@@ -102,10 +102,21 @@ class Preprocessing:
         Raises:
             DataError: They have other channels than the settings are for, or are too small.
         """
-        found = self._sized(_with_channels(images, self.channels, place), place)
+        return self.normalised(self.sized(images, place), place)
+
+    def normalised(self, images: Tensor, place: str = "the images") -> Tensor:
+        """The numbers that a network takes, of images that have its size and channels already.
+
+        Args:
+            images: ``(N, C, H, W)`` or ``(C, H, W)``, as ``sized`` returned them.
+            place: Where they come from, for messages.
+
+        Raises:
+            DataError: They have other channels than the settings are for.
+        """
         dtype = DTYPES[self.dtype]
         # In half precision the mean would be taken off after rounding.
-        work = found.to(dtype if dtype == torch.float64 else torch.float32)
+        work = images.to(dtype if dtype == torch.float64 else torch.float32)
         factor = self.scale
         if factor is None:
             factor = 1.0 if images.is_floating_point() else 1 / 255
@@ -117,7 +128,17 @@ class Preprocessing:
             work = work / self._per_channel("std", work, place)
         return work.to(dtype)
 
-    def _sized(self, images: Tensor, place: str) -> Tensor:
+    def sized(self, images: Tensor, place: str = "the images") -> Tensor:
+        """The first half: channels and size; bytes stay bytes.
+
+        Args:
+            images: ``(N, C, H, W)`` or ``(C, H, W)``, bytes or floating-point numbers.
+            place: Where they come from, for messages.
+
+        Raises:
+            DataError: They have other channels than the settings are for, or are too small.
+        """
+        images = _with_channels(images, self.channels, place)
         height, width = images.shape[-2:]
         size = self.resize
         if isinstance(size, int):

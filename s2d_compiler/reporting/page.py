@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def write_report(
     original: nn.Module | None = None,
     file: str | os.PathLike[str] | None = None,
     batch_size: int = 64,
+    labelled: bool = True,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Write an HTML page about a staged classifier: structure, cost, exits, accuracy, confidences.
@@ -76,6 +78,7 @@ def write_report(
         original: The static network, to compare with.
         file: Where the network was read from, to be named.
         batch_size: Samples at a time.
+        labelled: Whether labels are used where there are some; without, accuracies are left out.
         progress: Is given what is gone through, how many there are, and what is being done.
 
     Returns:
@@ -90,6 +93,7 @@ def write_report(
     check_matplotlib("report")
     check_writable(path)
     samples = samples_of(dyn, data, preprocessing, dyn.parts.batch or batch_size)
+    samples = replace(samples, labelled=labelled and samples.labelled)
     device = _device(dyn)
 
     def batches(what: str) -> Iterable[Any]:

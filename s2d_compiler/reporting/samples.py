@@ -96,7 +96,8 @@ def samples_of(
     how = preprocessing or network.settings.preprocessing
     if isinstance(data, Data):
         shape = require_fit(data, how or Preprocessing(), network.parts.input_shapes)
-        return Samples(data.name, len(data), data.classes, True, how, data, batch_size, shape)
+        known = data.label(0) >= 0  # -1: opened without labels
+        return Samples(data.name, len(data), data.classes, known, how, data, batch_size, shape)
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise DataError(
             f"data: a {type(data).__name__} is neither what open_data returns nor a pair (inputs, "

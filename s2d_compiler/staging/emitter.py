@@ -19,7 +19,7 @@ from s2d_compiler.thin import meta_copy, place_slices
 aten = torch.ops.aten
 
 #: Views hold for the static program's memory layout only.
-_VIEWS: dict[Any, Any] = {
+VIEWS: dict[Any, Any] = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
 }
@@ -77,7 +77,7 @@ class Emitter:
         """The static node's operator, applied to staged operands."""
         if node.op == "call_module":
             return self._weightless(node, args, stage)
-        return self.call(_VIEWS.get(node.target, node.target), tuple(args), node, stage, kwargs)
+        return self.call(VIEWS.get(node.target, node.target), tuple(args), node, stage, kwargs)
 
     def call(
         self,

@@ -1,0 +1,124 @@
+"""Weights between the masked and the staged form, by provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from s2d_compiler.attributes import read
+from s2d_compiler.dynamic import DynamicModel
+from s2d_compiler.errors import UsageError
+from s2d_compiler.provenance import Slice
+
+#: Whose tensors: of all stages, or of the untouched network at the end.
+ALL, ORIGINAL = -1, -2
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a masked form.
+
+    Attributes:
+        tensors: By owner (a stage from 1 whose head it is, ``ALL``, ``ORIGINAL``) and key in the
+            original's state dict.
+        last: Index of the stage that is the untouched network, None for none.
+        names: Their names in the masked form.
+    """
+
+    tensors: Mapping[tuple[int, str], torch.Tensor]
+    last: int | None
+    names: Mapping[tuple[int, str], str]
+
+    def find(self, key: str, source: str) -> torch.Tensor | None:
+        """The tensor that a stage's tensor is a slice of, None for none.
+
+        Args:
+            key: The stage's tensor in the staged network's state dict.
+            source: What it is a slice of in the original.
+        """
+        _, number, name = key.split(".", 2)
+        if int(number) == self.last:
+            return self.tensors.get((ORIGINAL, source))
+        head = (int(number) + 1, source)
+        if head in self.tensors and self._is_of_module(self.names[head], name):
+            return self.tensors[head]
+        return self.tensors.get((ALL, source), self.tensors.get(head))
+
+    @staticmethod
+    def _is_of_module(mine: str, name: str) -> bool:
+        """Whether two names lie in one module: its own tensors, or the same used by itself."""
+        return mine.rpartition(".")[0].split(".", 2)[2:] == [name.rpartition(".")[0]]
+
+
+def _pairs(weights: Weights, dyn: DynamicModel) -> list[tuple[str, Slice, torch.Tensor]]:
+    """Every tensor of a staged network that comes from the original, and what it is a slice of."""
+    found = []
+    for key, where in dyn.provenance.items():
+        whole, part = weights.find(key, where.source), read(dyn, key)
+        if whole is None:
+            raise UsageError(
+                f"{key} of the staged network is a slice of {where.source!r}, which the masked "
+                "form does not have; make the masked form from the model that the network was "
+                "compiled from."
+            )
+        fits = len(where.index) == whole.dim() and all(
+            index is None or max(index, default=0) < size
+            for index, size in zip(where.index, whole.shape, strict=True)
+        )
+        if not fits or where.shape(whole) != tuple(part.shape):
+            raise UsageError(
+                f"{key} of the staged network has the shape {tuple(part.shape)}, which is no such "
+                f"slice of {where.source!r} of shape {tuple(whole.shape)} in the masked form; make "
+                "the masked form from the model that the network was compiled from."
+            )
+        found.append((key, where, whole))
+    return found
+
+
+def write_to(weights: Weights, dyn: DynamicModel, *, in_place: bool = True) -> None:
+    """Write a masked form's weights into a staged network.
+
+    Args:
+        weights: The masked form's.
+        dyn: The staged network.
+        in_place: Whether the network keeps its types and devices; else it takes over the masked
+            form's.
+
+    Raises:
+        UsageError: It was made from another model.
+    """
+    with torch.no_grad():
+        for key, where, whole in _pairs(weights, dyn):
+            part = where.take(whole.detach())
+            held = read(dyn, key)
+            if in_place:
+                held.copy_(part)
+                continue
+            held.data = part
+            if isinstance(held, nn.Parameter):
+                held.requires_grad_(whole.requires_grad)
+
+
+def take_from(weights: Weights, dyn: DynamicModel) -> None:
+    """The reverse of ``write_to``; what no stage holds stays as it was.
+
+    Raises:
+        UsageError: It was made from another model.
+    """
+    with torch.no_grad():
+        for key, where, whole in _pairs(weights, dyn):
+            part = read(dyn, key).detach().to(whole.device, whole.dtype)
+            if all(index is None for index in where.index):
+                whole.copy_(part)
+                continue
+            sizes = zip(where.index, whole.shape, strict=True)
+            index = [
+                np.arange(size) if chosen is None else np.asarray(chosen, dtype=np.int64)
+                for chosen, size in sizes
+            ]
+            grid = tuple(torch.from_numpy(i).to(whole.device) for i in np.ix_(*index))
+            whole[grid] = part
