@@ -462,6 +462,9 @@ def test_findings_about_exits(tmp_path: Path) -> None:
     assert "Nobody leaves early" in nobody.text
     everybody, _ = written(tmp_path, dyn, pixels(), policy=Thresholds((0.0, 0.0)))
     assert "All samples leave at stage 1" in everybody.text
+    values = dyn(pixels().images(range(60)) / 255)[0].softmax(1).amax(1).sort().values  # type: ignore[operator]
+    nearly, _ = written(tmp_path, dyn, pixels(), policy=Thresholds((float(values[3]), 0.0)))
+    assert "95.0% of the samples leave at stage 1: compare with" in nearly.text
     assert re.search(r"no more than stage \d", everybody.text)  # of random weights
     assert "There are only 60 samples" in everybody.text
 

@@ -12,6 +12,8 @@ __all__ = ["findings"]
 
 #: Fewer samples than this leave intervals too wide to decide by.
 _FEW = 1000
+#: From this share on, the first stage is what the network mostly is.
+_MANY = 0.9
 #: How far confidences may be off on average.
 _FAR = 0.05
 
@@ -80,6 +82,11 @@ def _of_exits(found: Evaluation) -> Iterator[str]:
         leaving = [stage.leaving or 0 for stage in found.stages]
         if not any(leaving[:-1]):
             yield "Nobody leaves early: under this policy the stages only add to the cost."
+        if _MANY * found.samples <= leaving[0] < found.samples:
+            yield (
+                f"{leaving[0] / found.samples:.1%} of the samples leave at stage 1: compare with a "
+                "plain static network that costs as much as this stage, which may do as well."
+            )
         alone = next((t for t, n in enumerate(leaving, 1) if n == found.samples and t < last), None)
         if alone is not None:
             yield (
