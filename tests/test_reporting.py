@@ -19,6 +19,7 @@ from unittest import mock
 import numpy
 import pytest
 import torch
+from markupsafe import Markup
 from torch import Tensor, nn
 
 from s2d_compiler import DynamicModel, cli, transform
@@ -38,6 +39,20 @@ from s2d_compiler.runtime.timings import StageTimings
 
 POLICY = Thresholds((0.5, 0.45))
 VOID = {"meta", "br", "img", "line", "rect", "polygon", "use", "path", "circle"}
+
+
+@pytest.fixture(autouse=True)
+def _without_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time, and few tests look at it: those that use ``drawn``."""
+    if "drawn" not in request.fixturenames:
+        for name in ("reliability_figure", "trade_off_figure"):
+            blank = mock.Mock(return_value=Markup("<svg></svg>"))
+            monkeypatch.setattr(f"s2d_compiler.reporting.page.{name}", blank)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Real plots."""
 
 
 class Page(HTMLParser):
@@ -222,6 +237,7 @@ def test_errors_of_confidences_are_those_of_the_calibration() -> None:
         assert made.bias == pytest.approx(exact)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_calibration_and_temperatures_are_told(tmp_path: Path) -> None:
     dyn, data = network(), pixels(400)
     inputs = HOW(data.images(range(400)))  # type: ignore[arg-type]
@@ -259,6 +275,7 @@ def test_times_are_told(tmp_path: Path) -> None:
 # -- what a page is --------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_page_needs_nothing_else_and_is_the_same_every_time(tmp_path: Path) -> None:
     dyn, data = network(), pixels()
     page, _ = written(tmp_path, dyn, data, policy=POLICY)
@@ -275,6 +292,7 @@ def test_the_page_needs_nothing_else_and_is_the_same_every_time(tmp_path: Path) 
     assert page.source == written(tmp_path, network(), data, policy=POLICY)[0].source
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_page_can_be_read_aloud(tmp_path: Path) -> None:
     page, _ = written(tmp_path, network(), pixels(), policy=POLICY)
     assert page.all("html", lang="en")
@@ -462,7 +480,8 @@ def test_findings_about_exits(tmp_path: Path) -> None:
     assert "Nobody leaves early" in nobody.text
     everybody, _ = written(tmp_path, dyn, pixels(), policy=Thresholds((0.0, 0.0)))
     assert "All samples leave at stage 1" in everybody.text
-    values = dyn(pixels().images(range(60)) / 255)[0].softmax(1).amax(1).sort().values  # type: ignore[operator]
+    with torch.no_grad():
+        values = dyn(pixels().images(range(60)) / 255)[0].softmax(1).amax(1).sort().values
     nearly, _ = written(tmp_path, dyn, pixels(), policy=Thresholds((float(values[3]), 0.0)))
     assert "95.0% of the samples leave at stage 1: compare with" in nearly.text
     assert re.search(r"no more than stage \d", everybody.text)  # of random weights
@@ -571,6 +590,7 @@ def test_what_the_command_refuses(folder: Path, capsys: pytest.CaptureFixture[st
     assert not (folder / "r.html").exists()
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
 @pytest.mark.parametrize("width", [1400, 400])
 def test_a_browser_shows_it(tmp_path: Path, width: int) -> None:
