@@ -353,7 +353,7 @@ def test_any_number_of_stages(tmp_path: Path, stages: int) -> None:
     rows = page.table("stage", "MACs", "leave here")
     assert [row["stage"] for row in rows] == [*map(str, range(1, stages + 1)), "original"]
     assert len(page.all("svg")) == 2 + stages
-    assert f"a network of {stages} stage" in page.text
+    assert f"A network of {stages} stage" in page.text
 
 
 def test_exits_along_depth(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_exits_along_depth(tmp_path: Path) -> None:
 
 def test_the_untouched_network_as_last_stage(tmp_path: Path) -> None:
     page, _ = written(tmp_path, network(final="original"), pixels())
-    assert "the original network, run whole" in page.text
+    assert "the original, run whole" in page.text
 
 
 def test_a_thousand_classes_are_cut_and_it_says_so(tmp_path: Path) -> None:
@@ -592,8 +592,7 @@ def test_what_the_command_refuses(folder: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.usefixtures("drawn")
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
-@pytest.mark.parametrize("width", [1400, 400])
-def test_a_browser_shows_it(tmp_path: Path, width: int) -> None:
+def test_a_browser_shows_it(tmp_path: Path) -> None:
     """Nothing sticks out at the side, and a class name that is a script does not run."""
     data = pixels(names=["<script>document.title = 'run'</script>", "b" * 200, "c", "d"])
     write_report(network(8), data, tmp_path / "r.html")
@@ -603,10 +602,11 @@ def test_a_browser_shows_it(tmp_path: Path, width: int) -> None:
     root = "document.documentElement"
     probe += f"<script>{root}.dataset.width = {root}.scrollWidth</script>"
     (tmp_path / "probe.html").write_text(probe)
-    done = subprocess.run(
-        ["chromium", *flags, f"--window-size={width},900", "--dump-dom",
-         f"file://{tmp_path}/probe.html"],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    assert int(re.findall(r'data-width="(\d+)"', done.stdout)[0]) <= max(width, 500)
-    assert "<title>the network: 8 stages</title>" in done.stdout
+    for width in (1400, 500):  # no window is narrower
+        done = subprocess.run(
+            ["chromium", *flags, f"--window-size={width},900", "--dump-dom",
+             f"file://{tmp_path}/probe.html"],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        assert int(re.findall(r'data-width="(\d+)"', done.stdout)[0]) <= width
+        assert "<title>A network of 8 stages</title>" in done.stdout

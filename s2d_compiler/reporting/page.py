@@ -151,7 +151,7 @@ def _context(
     shape = samples.input_shape or dyn.parts.input_shapes[0]
     assert found.policy is not None
     return {
-        "name": "the network" if file is None else Path(file).name,
+        "name": "" if file is None else Path(file).name,
         "file": None if file is None else _described(Path(file)),
         "dyn": dyn,
         "is_depth": isinstance(dyn.plan, DepthPlan),
