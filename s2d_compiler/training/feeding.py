@@ -16,6 +16,7 @@ from s2d_compiler.data.loading import _require_shape
 from s2d_compiler.data.sources import Arrays
 from s2d_compiler.errors import DataError, UsageError
 from s2d_compiler.training.augmentation import augment, draws_of
+from s2d_compiler.training.distributed import Processes
 from s2d_compiler.training.recipe import Recipe
 
 __all__ = ["Feed", "as_data"]
@@ -34,8 +35,7 @@ class Feed:
         recipe: Batch size, crops, flips and seed.
         input_shape: What the network takes, without the batch; None for any.
         device: Where batches go.
-        rank: Which process this is.
-        processes: How many there are.
+        processes: Those that train together.
     """
 
     def __init__(
@@ -46,10 +46,9 @@ class Feed:
         recipe: Recipe,
         input_shape: tuple[int, ...] | None,
         device: torch.device,
-        rank: int = 0,
-        processes: int = 1,
+        processes: Processes,
     ) -> None:
-        joint = recipe.batch_size * processes
+        joint = recipe.batch_size * processes.count
         if len(data) < joint:
             raise DataError(
                 f"{data.name}: {len(data)} images, and a step takes {joint}; give more images, or "
@@ -61,7 +60,6 @@ class Feed:
         self.recipe = recipe
         self.input_shape = input_shape
         self.device = device
-        self.rank = rank
         self.processes = processes
         self.steps = len(data) // joint
 
@@ -76,7 +74,7 @@ class Feed:
         size = self.recipe.batch_size
         parts = []
         for step in range(first, self.steps):
-            start = (step * self.processes + self.rank) * size
+            start = (step * self.processes.count + self.processes.rank) * size
             parts.append(slice(start, start + size))
         orders = [draws.order[part] for part in parts]
         for part, order, images in zip(parts, orders, self._loaded(orders), strict=True):

@@ -14,22 +14,21 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from s2d_compiler.data import Data, Preprocessing, batches, require_fit
+from s2d_compiler.data import Data, Preprocessing, batches
 from s2d_compiler.data.loading import require_classes
 from s2d_compiler.data.sources import Selected
 from s2d_compiler.dynamic import StagedNetwork
-from s2d_compiler.errors import DataError, UsageError
 from s2d_compiler.interrupts import noted
 from s2d_compiler.output import check_writable
 from s2d_compiler.runtime.policies import thresholds_of
-from s2d_compiler.training import checkpoints
+from s2d_compiler.training import checkpoints, checks, forms
 from s2d_compiler.training.distributed import Processes
 from s2d_compiler.training.feeding import Feed, as_data
 from s2d_compiler.training.history import History, Progress
 from s2d_compiler.training.loop import Batches, Loop
 from s2d_compiler.training.losses import JointLoss
 from s2d_compiler.training.recipe import Recipe
-from s2d_compiler.training.trainees import Trainee, trainee_of
+from s2d_compiler.training.trainees import Trainee
 
 __all__ = ["fit"]
 
@@ -86,196 +85,71 @@ def fit(
     """
     recipe = recipe or Recipe()
     path = None if checkpoint is None else os.fspath(checkpoint)
-    trainee = trainee_of(network, recipe.train_original)
-    place = torch.device(device) if device is not None else _device_of(network)
-    _require_precision(recipe, place)
+    place = torch.device(device) if device is not None else checks.device_of(network)
+    checks.require_precision(recipe, place)
     if path is not None:
         check_writable(path)
+    processes = Processes()
+    network.to(place)
+    processes.take_from_first(checkpoints.tensors_of(network).values())
+    originals = [module for module in (original, teacher) if module is not None]
+    trainees = forms.candidates(network, recipe, originals, place)
+    trainee = trainees[0]
     images = as_data(data, "data")
     held_out = None if validation is None else as_data(validation, "validation")
-    preprocessing = _preprocessing(network, preprocessing)
-    shape = _require_fit(network, recipe, preprocessing, images, held_out)
-    labels = _labels(images, recipe, teacher is not None or trainee.frozen is not None)
-    distill = _distill(recipe, trainee, teacher is not None, labels is not None)
-    weights = _weights(recipe, trainee)
-    processes = Processes()
-    feed = Feed(
-        images, labels, preprocessing, recipe, shape, place, processes.rank, processes.count
+    preprocessing = checks.preprocessing_for(network, preprocessing)
+    shape = checks.require_shapes(trainee.call, recipe, preprocessing, images, held_out)
+    has_last = trainee.frozen is not None
+    labels = checks.usable_labels(images, recipe, teacher is not None or has_last)
+    distill = checks.share_of_distillation(
+        recipe, teacher is not None, has_last, labels is not None
     )
-    with (
-        _placed(network, teacher, recipe, place),
-        _seeded(recipe, place, processes.rank),
-        noted() as is_asked,
-    ):
-        processes.take_from_first(checkpoints.tensors_of(network).values())
-        classes = _classes(trainee, teacher, feed, held_out, preprocessing)
-        if labels is not None:
-            require_classes(images, labels, classes)
-        loop = Loop(
-            trainee,
-            feed,
-            recipe,
-            JointLoss.of(recipe, weights, distill),
-            teacher if distill else None,
-            bool(distill) and teacher is None,
-            classes,
-            _validation(held_out, preprocessing, recipe, shape, place, processes),
-            place,
-            _run(network, trainee, recipe, feed, teacher if distill else None),
-            processes,
-            is_asked,
-            path,
-            checkpoint_seconds,
-            checkpoint_steps,
-            on_progress if processes.is_first else None,
-        )
-        if path is not None and (found := checkpoints.read_checkpoint(path)) is not None:
-            _require_same_start(path, found, loop)
-            loop.resume(found)
-        loop()
-        kept = loop.epoch
-        if loop.best and loop.epoch == recipe.epochs:
-            checkpoints.take(network, loop.best)
-            kept = loop.best_epoch
-    _update_settings(network, preprocessing)
-    return History(recipe, trainee.form, distill, tuple(loop.history), kept, loop.resumed)
+    weights = checks.weights_of_stages(recipe, len(trainee.trained))
+    feed = Feed(images, labels, preprocessing, recipe, shape, place, processes)
+    found = None if path is None else checkpoints.read_checkpoint(path)
+    with _placed([t.network for t in trainees], teacher, recipe, place), noted() as is_asked:
+        everything = [images] if held_out is None else [images, held_out]
+        classes = checks.count_classes(trainee, teacher, preprocessing, everything, place)
+        for some in everything if labels is not None else everything[1:]:
+            require_classes(some, some.labels, classes)
 
-
-# -- what is asked for, checked before long work -------------------------------------------------
-
-
-def _device_of(network: nn.Module) -> torch.device:
-    first = next(network.parameters(), None)
-    if first is None:
-        raise UsageError("the network has no parameters, so that there is nothing to train")
-    return first.device
-
-
-def _require_precision(recipe: Recipe, device: torch.device) -> None:
-    if recipe.precision == "float16" and device.type != "cuda":
-        raise UsageError(
-            f"recipe: precision is float16, and on {device.type} small gradients would be lost, as "
-            "its numbers are scaled on cuda only; use bfloat16, or a GPU"
-        )
-
-
-def _preprocessing(network: nn.Module, given: Preprocessing | None) -> Preprocessing:
-    stored = network.settings.preprocessing if isinstance(network, StagedNetwork) else None
-    found = given or stored or Preprocessing()
-    kinds = {torch.float64: "float64"}
-    first = next(p for p in network.parameters())
-    return replace(found, dtype=kinds.get(first.dtype, "float32"))
-
-
-def _require_fit(
-    network: nn.Module,
-    recipe: Recipe,
-    preprocessing: Preprocessing,
-    data: Data,
-    validation: Data | None,
-) -> tuple[int, ...] | None:
-    for name, some in (("data", data), ("validation", validation)):
-        if some is not None and not len(some):
-            raise DataError(f"{name}: {some.name} has 0 images; give at least one")
-    if not isinstance(network, StagedNetwork):
-        return None
-    shape = require_fit(data, preprocessing, network.parts.input_shapes)
-    if validation is not None:
-        require_fit(validation, preprocessing, network.parts.input_shapes)
-    fixed = network.parts.batch
-    if fixed is not None and recipe.batch_size != fixed:
-        raise UsageError(
-            f"recipe: batch_size is {recipe.batch_size}, and the network takes batches of {fixed} "
-            "only; set it to that, or compile the network with a free batch size"
-        )
-    if fixed is not None and validation is not None and len(validation) % fixed:
-        raise DataError(
-            f"{validation.name}: {len(validation)} images, and the network takes batches of "
-            f"{fixed} only; give a multiple of that"
-        )
-    return shape
-
-
-def _labels(data: Data, recipe: Recipe, is_taught: bool) -> Tensor | None:
-    if not recipe.labels:
-        return None
-    labels = data.labels
-    if bool((labels < 0).any()):
-        if is_taught and recipe.distill in (None, 1.0):
-            return None
-        raise DataError(
-            f"{data.name}: images without labels, and cross entropy needs them; give a teacher, "
-            "with distill at 1 or None, or labels"
-        )
-    if int(labels.min()) == int(labels.max()):
-        raise DataError(
-            f"{data.name}: all {len(labels)} images are of class {int(labels[0])}, and a network "
-            "that is trained on one class says it of everything; give data of all classes"
-        )
-    return labels
-
-
-def _distill(recipe: Recipe, trainee: Trainee, is_given: bool, is_labelled: bool) -> float:
-    there = is_given or trainee.frozen is not None
-    if recipe.distill is not None:
-        if recipe.distill and not there:
-            raise UsageError(
-                f"recipe: distill is {recipe.distill:g}, and there is no teacher; give one, or "
-                "set it to 0"
+        def loop_of(trainee: Trainee) -> Loop:
+            return Loop(
+                trainee,
+                feed,
+                recipe,
+                JointLoss.of(recipe, weights, distill),
+                teacher if distill else None,
+                bool(distill) and teacher is None,
+                classes,
+                _validation(held_out, preprocessing, recipe, shape, place, processes),
+                place,
+                _run(trainee, recipe, feed, teacher if distill else None),
+                processes,
+                is_asked,
+                path,
+                checkpoint_seconds,
+                checkpoint_steps,
+                on_progress if processes.is_first else None,
             )
-        if is_given and not recipe.distill:
-            raise UsageError(
-                "teacher: one is given, and distill of the recipe is 0, so that it would not be "
-                "asked; leave it out, or give distill a share above 0"
-            )
-        return recipe.distill
-    if not there and not is_labelled:
-        raise UsageError(
-            "recipe: labels is False, and there is no teacher to learn from instead; give one"
-        )
-    if not is_labelled:
-        return 1.0
-    return 0.5 if there else 0.0
 
-
-def _weights(recipe: Recipe, trainee: Trainee) -> tuple[float, ...] | None:
-    count = len(trainee.trained)
-    if isinstance(recipe.stage_weights, str):
-        return None
-    if recipe.stage_weights and len(recipe.stage_weights) != count:
-        raise UsageError(
-            f"recipe: stage_weights has {len(recipe.stage_weights)} numbers, and {count} stage(s) "
-            "are trained; give one for each of these"
-        )
-    return recipe.stage_weights or (1.0,) * count
-
-
-def _classes(
-    trainee: Trainee,
-    teacher: nn.Module | None,
-    feed: Feed,
-    validation: Data | None,
-    preprocessing: Preprocessing,
-) -> int:
-    """How many classes the stages tell apart, tried with the first images."""
-    network = trainee.network
-    fixed = network.parts.batch if isinstance(network, StagedNetwork) else None
-    indices = [k % len(feed.data) for k in range(fixed or 1)]
-    images = [preprocessing(feed.data.image(k), feed.data.place(k)) for k in indices]
-    inputs = torch.stack(images).to(feed.device)
+        with _seeded(recipe, place, processes.rank):
+            loop = forms.faster([loop_of(trainee) for trainee in _begun(trainees, found)])
+        with _seeded(recipe, place, processes.rank):
+            try:
+                if found is not None:
+                    _require_same_start(str(path), found, loop)
+                    loop.resume(found)
+                loop()
+                kept = loop.epoch
+                if loop.best and loop.epoch == recipe.epochs:
+                    checkpoints.take(loop.trainee.network, loop.best)
+                    kept = loop.best_epoch
+            finally:
+                loop.trainee.hand_over()
     network.eval()
-    with torch.no_grad():
-        found = [logits.shape[1] for logits in trainee.logits(inputs)]
-        if teacher is not None:
-            found.append(trainee.read(teacher(inputs), len(inputs)).shape[1])
-    if len(set(found)) > 1:
-        raise DataError(
-            f"the exits (and the teacher) tell {', '.join(map(str, found))} classes apart, and "
-            "they must tell the same; give a network and a teacher for the same classes"
-        )
-    if validation is not None:
-        require_classes(validation, validation.labels, found[0])
-    return found[0]
+    _update_settings(network, preprocessing)
+    return History(recipe, loop.trainee.form, distill, tuple(loop.history), kept, loop.resumed)
 
 
 def _validation(
@@ -306,21 +180,26 @@ def _validation(
 # -- which training this is ----------------------------------------------------------------------
 
 
-def _run(
-    network: nn.Module, trainee: Trainee, recipe: Recipe, feed: Feed, teacher: nn.Module | None
-) -> dict[str, Any]:
-    tensors = checkpoints.tensors_of(network)
+def _begun(trainees: list[Trainee], found: Any) -> list[Trainee]:
+    """The form that a checkpoint is of, if it is one of these; all of them otherwise."""
+    run = found.get("run") if found is not None else None
+    form = run.get("form") if type(run) is dict else None
+    return [trainee for trainee in trainees if trainee.form == form] or trainees
+
+
+def _run(trainee: Trainee, recipe: Recipe, feed: Feed, teacher: nn.Module | None) -> dict[str, Any]:
+    """What a checkpoint is known by."""
+    tensors = checkpoints.tensors_of(trainee.hand_over())
+    taught = "" if teacher is None else checkpoints.hash_of(checkpoints.tensors_of(teacher))
     return {
         "network": checkpoints.hash_of(tensors, numbers=False),
         "start": checkpoints.hash_of(tensors),
         "recipe": recipe.to_dict(),
         "data": feed.fingerprint(),
-        "teacher": None if teacher is None else checkpoints.hash_of(
-            checkpoints.tensors_of(teacher)
-        ),
+        "teacher": taught,
         "form": trainee.form,
-        "processes": feed.processes,
-    }  # fmt: skip
+        "processes": feed.processes.count,
+    }
 
 
 def _require_same_start(path: str, found: dict[str, Any], loop: Loop) -> None:
@@ -336,28 +215,27 @@ def _require_same_start(path: str, found: dict[str, Any], loop: Loop) -> None:
 
 @contextmanager
 def _placed(
-    network: nn.Module, teacher: nn.Module | None, recipe: Recipe, device: torch.device
+    networks: list[nn.Module], teacher: nn.Module | None, recipe: Recipe, device: torch.device
 ) -> Iterator[None]:
     """Networks on the device, in the recipe's memory format; contiguous, evaluating afterwards."""
     last = recipe.memory_format == "channels_last"
     wanted = torch.channels_last if last else torch.contiguous_format
+    taught = networks if teacher is None else [*networks, teacher]
     modes = [] if teacher is None else [(m, m.training) for m in teacher.modules()]
-    taught = [network] if teacher is None else [network, teacher]
     for module in taught:
         module.to(device=device)
         module.to(memory_format=wanted)  # type: ignore[call-overload]
     if teacher is not None:
         teacher.eval()
     try:
-        flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
-        with flags:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             yield
     finally:
         for module in taught:
             module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        network.eval()
-        for parameter in network.parameters():
-            parameter.grad = None
+        for network in networks:
+            network.eval()
+            network.zero_grad(set_to_none=True)
         for module, mode in modes:
             module.training = mode
 

@@ -87,6 +87,8 @@ class Loop:
             self.trainee.train()
             for inputs, labels in self.feed.epoch(self.epoch, self.step):
                 self.take_step(inputs, labels)
+                if self.processes.count == 1:  # the others would not know
+                    self.is_ending = self.is_asked()
                 if self.is_ending or (self.is_due and self.step < self.feed.steps):
                     self.save()
                 if self.is_ending:
@@ -115,11 +117,7 @@ class Loop:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with self._autocast():
-            outputs = self.trainee.logits(inputs, frozen=self.is_taught_by_last)
-            taught = self._taught(inputs, outputs)
-        trained = outputs[: len(self.trainee.trained)]
-        each = self.loss.of_stages(trained, labels, taught)
+        each, trained = self.forward(inputs, labels)
         seen = self._agreed(each)
         weights = self.loss.weights_for(seen)
         joint = sum(weight * value for weight, value in zip(weights, seen, strict=True))
@@ -136,6 +134,14 @@ class Loop:
         self.done_here += 1
         if self.on_progress is not None:
             self._report(None)
+
+    def forward(self, inputs: Tensor, labels: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """The loss of each trained stage, and its logits."""
+        with self._autocast():
+            outputs = self.trainee.logits(inputs, frozen=self.is_taught_by_last)
+            taught = self._taught(inputs, outputs)
+        trained = outputs[: len(self.trainee.trained)]
+        return self.loss.of_stages(trained, labels, taught), trained
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.recipe.precision == "float32":
@@ -158,7 +164,7 @@ class Loop:
             found = self.processes.sum(torch.cat([numbers, flags.to(numbers.device)])).tolist()
             self.is_ending, self.is_due = found[-2] > 0, found[-1] > 0
             return [value / self.processes.count for value in found[:-2]]
-        self.is_ending, self.is_due = self.is_asked(), self._is_due()
+        self.is_due = self._is_due()
         return numbers.tolist()
 
     def _descend(self, loss: Tensor) -> None:
@@ -299,7 +305,7 @@ class Loop:
         weights = checkpoints.tensors_of(self.trainee.network)
         return {
             "run": self.run,
-            "now": checkpoints.hash_of(weights),
+            "now": checkpoints.hash_of(checkpoints.tensors_of(self.trainee.hand_over())),
             "epoch": self.epoch,
             "step": self.step,
             "weights": weights,

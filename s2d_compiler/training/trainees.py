@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d_compiler.dynamic import StagedNetwork
-from s2d_compiler.errors import DataError
+from s2d_compiler.dynamic import CallShape, DynamicModel, StagedNetwork
 from s2d_compiler.evaluation.evaluating import require_logits
+from s2d_compiler.masking.model import MaskedModel
 from s2d_compiler.training.losses import two_sided
 
-__all__ = ["Trainee", "trainee_of"]
+__all__ = ["MaskedTrainee", "StagedTrainee", "Trainee"]
+
+#: What the masked form calls the stage of an untouched original.
+ORIGINAL = -2
 
 
 class Trainee:
@@ -45,6 +48,15 @@ class Trainee:
 
     def frozen_part(self) -> nn.Module | None:
         """The modules that are not trained."""
+        return None
+
+    def hand_over(self) -> nn.Module:
+        """Give the weights to the network that ``fit`` was called with, and return that."""
+        return self.network
+
+    @property
+    def call(self) -> CallShape | None:
+        """What the network is called with, where that is known."""
         return None
 
     @property
@@ -96,6 +108,10 @@ class StagedTrainee(Trainee):
     form = "staged"
     network: StagedNetwork
 
+    @property
+    def call(self) -> CallShape:
+        return self.network.parts
+
     def _count(self) -> int:
         return len(self.network.stages)
 
@@ -115,17 +131,46 @@ class StagedTrainee(Trainee):
             yield output
 
 
-def trainee_of(network: nn.Module, train_original: bool) -> Trainee:
-    """The face of a network.
+class MaskedTrainee(Trainee):
+    """A masked network: all stages in one dense pass.
 
-    Raises:
-        DataError: It takes several inputs.
+    Args:
+        network: The masked form.
+        train_original: Whether a last stage that is the original is trained.
+        staged: The staged network that gets the weights at the end, if there is one.
     """
-    if isinstance(network, StagedNetwork):
-        if len(network.parts.input_shapes) != 1:
-            raise DataError(
-                f"the network takes {len(network.parts.input_shapes)} inputs, and training is for "
-                "one image per sample; train such a network with a loop of your own"
-            )
-        return StagedTrainee(network, train_original)
-    return Trainee(network, train_original)
+
+    form = "masked"
+    network: MaskedModel
+
+    def __init__(
+        self, network: MaskedModel, train_original: bool, staged: DynamicModel | None = None
+    ) -> None:
+        super().__init__(network, train_original)
+        self.staged = staged
+
+    @property
+    def call(self) -> CallShape:
+        return self.network._call
+
+    def _count(self) -> int:
+        return self.network.plan.stages
+
+    def _ends_with_original(self) -> bool:
+        return self.network.plan.final == "original"
+
+    def frozen_part(self) -> nn.Module | None:
+        if self.frozen is None:
+            return None
+        name = next(name for (stage, _), name in self.network._names.items() if stage == ORIGINAL)
+        return self.network.get_submodule(name.partition(".")[0])
+
+    def hand_over(self) -> nn.Module:
+        if self.staged is None:
+            return self.network
+        self.network.write_to(self.staged)
+        return self.staged
+
+    def _outputs(self, inputs: Tensor, frozen: bool) -> Iterator[Tensor]:
+        outputs = self.network(inputs)
+        yield from outputs if frozen else outputs[: len(self.trained)]

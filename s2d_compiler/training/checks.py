@@ -1,0 +1,213 @@
+"""Whether network, data, recipe and teacher fit together, checked before long work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from s2d_compiler.data import Data, Preprocessing, require_fit
+from s2d_compiler.dynamic import CallShape, StagedNetwork
+from s2d_compiler.errors import DataError, S2DError, UsageError, first_line
+from s2d_compiler.memory import let_through
+from s2d_compiler.training.recipe import Recipe
+from s2d_compiler.training.trainees import Trainee
+
+__all__ = [
+    "count_classes",
+    "device_of",
+    "preprocessing_for",
+    "require_precision",
+    "require_shapes",
+    "share_of_distillation",
+    "usable_labels",
+    "weights_of_stages",
+]
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network is.
+
+    Raises:
+        UsageError: It has nothing to train.
+    """
+    first = next((p for p in network.parameters() if p.requires_grad), None)
+    if first is None:
+        raise UsageError(
+            f"network: a {type(network).__name__} without a parameter that takes a gradient, and "
+            "training changes these; give a network that has some, or requires_grad_() it"
+        )
+    return first.device
+
+
+def require_precision(recipe: Recipe, device: torch.device) -> None:
+    """Refuse half precision where small gradients would be lost.
+
+    Raises:
+        UsageError: float16 elsewhere than on a GPU.
+    """
+    if recipe.precision == "float16" and device.type != "cuda":
+        raise UsageError(
+            f"recipe: precision is float16 and the device {device.type}, where gradients are not "
+            "scaled so that small ones survive; take bfloat16, or a GPU"
+        )
+
+
+def preprocessing_for(network: nn.Module, given: Preprocessing | None) -> Preprocessing:
+    """What is done to images: what is given or stored, in the network's kind of numbers."""
+    stored = network.settings.preprocessing if isinstance(network, StagedNetwork) else None
+    found = given or stored or Preprocessing()
+    is_double = next(network.parameters()).dtype == torch.float64
+    return replace(found, dtype="float64" if is_double else "float32")
+
+
+def require_shapes(
+    call: CallShape | None,
+    recipe: Recipe,
+    preprocessing: Preprocessing,
+    data: Data,
+    validation: Data | None,
+) -> tuple[int, ...] | None:
+    """Require images of a size and number that the network takes.
+
+    Returns:
+        The shape of one input, if it is known.
+
+    Raises:
+        DataError, UsageError: They are not.
+    """
+    for name, some in (("data", data), ("validation", validation)):
+        if some is not None and not len(some):
+            raise DataError(f"{name}: {some.name} has 0 images, and it takes one; give some")
+    if call is None:
+        return None
+    shape = require_fit(data, preprocessing, call.input_shapes)
+    if validation is not None:
+        require_fit(validation, preprocessing, call.input_shapes)
+    if call.batch is None:
+        return shape
+    if recipe.batch_size != call.batch:
+        raise UsageError(
+            f"recipe: batch_size is {recipe.batch_size}, and the network takes batches of "
+            f"{call.batch} only; set it to that, or compile it with a free batch size"
+        )
+    if validation is not None and len(validation) % call.batch:
+        raise DataError(
+            f"{validation.name}: {len(validation)} images to validate with, and the network takes "
+            f"batches of {call.batch} only; give a multiple of that"
+        )
+    return shape
+
+
+def usable_labels(data: Data, recipe: Recipe, is_taught: bool) -> Tensor | None:
+    """All labels, or None where there are none, or none are wanted.
+
+    Raises:
+        DataError: Some are needed and missing, or all are the same.
+    """
+    if not recipe.labels:
+        return None
+    labels = data.labels
+    if bool((labels < 0).any()):
+        if is_taught and recipe.distill in (None, 1.0):
+            return None
+        raise DataError(
+            f"{data.name}: images without labels, and cross entropy needs them; give labels, or a "
+            "teacher alone (distill 1)"
+        )
+    if int(labels.min()) == int(labels.max()):
+        raise DataError(
+            f"{data.name}: all {len(labels)} images are of class {int(labels[0])}, and a network "
+            "that sees one class only says it of everything; give data of all classes"
+        )
+    return labels
+
+
+def share_of_distillation(
+    recipe: Recipe, is_given: bool, is_last: bool, is_labelled: bool
+) -> float:
+    """The share that a recipe comes to.
+
+    Args:
+        recipe: The recipe.
+        is_given: Whether a teacher is.
+        is_last: Whether a frozen last stage can teach.
+        is_labelled: Whether there are labels.
+
+    Raises:
+        UsageError: There is no teacher and one is needed, or one and it would not be asked.
+    """
+    wanted = recipe.distill
+    if not is_labelled:
+        wanted = 1.0
+    elif wanted is None:
+        wanted = 0.5 if is_given or is_last else 0.0
+    if wanted and not (is_given or is_last):
+        raise UsageError(
+            f"teacher: there is none, and {wanted:.0%} of the loss is what it teaches; give one, "
+            "or train with labels alone (distill 0)"
+        )
+    if is_given and not wanted:
+        raise UsageError(
+            "teacher: one is given, and with distill at 0 it is never asked; leave it out, or give "
+            "distill a share above 0"
+        )
+    return wanted
+
+
+def weights_of_stages(recipe: Recipe, trained: int) -> tuple[float, ...] | None:
+    """What the loss of each trained stage is multiplied with; None where that is adaptive.
+
+    Raises:
+        UsageError: They are not one for each.
+    """
+    if isinstance(recipe.stage_weights, str):
+        return None
+    if recipe.stage_weights and len(recipe.stage_weights) != trained:
+        raise UsageError(
+            f"recipe: stage_weights has {len(recipe.stage_weights)} numbers, and the stages that "
+            f"are trained number {trained}; give one for each of these"
+        )
+    return recipe.stage_weights or (1.0,) * trained
+
+
+def count_classes(
+    trainee: Trainee,
+    teacher: nn.Module | None,
+    preprocessing: Preprocessing,
+    data: Sequence[Data],
+    device: torch.device,
+) -> int:
+    """How many classes the stages tell apart, tried with the first images of all data.
+
+    Raises:
+        DataError: The network does not take them, or stages or teacher tell others apart.
+    """
+    batch = 1 if trainee.call is None else trainee.call.batch or 1
+    trainee.network.eval()
+    found: list[int] = []
+    for some in data:
+        image = preprocessing(some.image(0), some.place(0))
+        inputs = torch.stack([image] * batch).to(device)
+        try:
+            with torch.no_grad():
+                found += [logits.shape[1] for logits in trainee.logits(inputs)]
+                if teacher is not None:
+                    found.append(trainee.read(teacher(inputs), len(inputs)).shape[1])
+        except S2DError:
+            raise
+        except Exception as error:
+            let_through(error)
+            raise DataError(
+                f"{some.place(0)}: {tuple(image.shape)} after preprocessing ({preprocessing}), and "
+                f"the network fails with it ({first_line(error)[:160]}); resize or crop the images "
+                "to what it takes"
+            ) from error
+    if len(set(found)) > 1:
+        raise DataError(
+            f"network: its exits, and the teacher, tell {', '.join(map(str, found))} classes "
+            "apart, and they must tell the same; give a network and a teacher of one data set"
+        )
+    return found[0]
