@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 # One test process per core, and one thread in each: the tests mostly trace graphs in Python.
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
-.PHONY: help venv lint test fuzz mutants zoo zoo-table errors-page calibration compile-time timing faults demo clean
+.PHONY: help venv lint test fuzz mutants zoo zoo-table errors-page tutorial calibration compile-time timing faults demo clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -56,6 +56,9 @@ zoo-table: $(STAMP) ## docs/zoo.md: torchvision and timm compiled and proven (ho
 
 errors-page: $(STAMP) ## docs/errors.md, from the docstrings of the errors
 	$(BIN)/python -m docs.errors_page
+
+tutorial: $(STAMP) ## Run the commands of docs/tutorial.md, and fill in what they print
+	OMP_NUM_THREADS=1 $(BIN)/python -m docs.tutorial_page --write
 
 calibration: $(STAMP) ## The figures of docs/calibration.md: brute force, time, broken promises (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.calibration solve

@@ -1,5 +1,5 @@
 """The commands: ``s2d-compile``, and ``s2d`` with ``compile``, ``inspect``, ``train``,
-``calibrate``, ``show``, ``verify``, ``eval``, ``bench``.
+``calibrate``, ``show``, ``verify``, ``eval``, ``bench``, ``report``.
 
 A command computes its ``Result`` and prints nothing; ``commands.running`` prints it, as text or as
 JSON, and turns errors into a sentence and an exit status:
@@ -27,6 +27,7 @@ from s2d_compiler.commands.calibrating import calibrate_network
 from s2d_compiler.commands.compiling import compile_model
 from s2d_compiler.commands.evaluating import evaluate_network
 from s2d_compiler.commands.inspecting import inspect
+from s2d_compiler.commands.reporting import report_network
 from s2d_compiler.commands.running import run
 from s2d_compiler.commands.showing import show
 from s2d_compiler.commands.training import train_network
@@ -64,4 +65,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     app.command(verify_network, name="verify")
     app.command(evaluate_network, name="eval")
     app.command(benchmark_network, name="bench")
+    app.command(report_network, name="report")
     return run("s2d", app, argv)

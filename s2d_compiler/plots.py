@@ -1,8 +1,10 @@
-"""Plots in files: matplotlib without a display, and files that appear whole or not at all."""
+"""Plots in files and pages: matplotlib without a display, files whole or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import re
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -14,8 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "check_plot", "write_plot"]
+__all__ = ["COLORS", "check_matplotlib", "check_plot", "svg_for_page", "write_plot"]
 
 FORMATS = ("png", "svg", "pdf")
 #: Told apart by the colour-blind, too (Okabe and Ito).
@@ -29,7 +32,6 @@ _STYLE: Any = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
-    "svg.hashsalt": "s2d",  # the same file every time
     "svg.fonttype": "none",
 }
 
@@ -46,14 +48,26 @@ def check_plot(path: Path) -> None:
             f"--plot: {path.name} ends like no format that plots are written in; end it with "
             ".png, .svg or .pdf"
         )
+    check_matplotlib("--plot")
+    check_writable(path)
+
+
+def check_matplotlib(place: str) -> None:
+    """Require what draws plots.
+
+    Args:
+        place: What needs it, for the message.
+
+    Raises:
+        UsageError: It is not installed.
+    """
     try:
         import matplotlib as _  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"--plot: matplotlib, which draws plots, cannot be imported ({error}); install it: pip "
-            "install 's2d-compiler[plots]'"
+            f"{place}: matplotlib, which draws plots, cannot be imported ({error}); install it: "
+            "pip install 's2d-compiler[plots]'"
         ) from error
-    check_writable(path)
 
 
 def write_plot(
@@ -70,10 +84,8 @@ def write_plot(
         UsageError, OutputError: As ``check_plot`` does.
     """
     check_plot(path)
-    with _style() as (figure_class, canvas_class):
-        figure = figure_class(figsize=size, layout="constrained")
-        canvas_class(figure)
-        draw(figure.subplots())
+    with _style():
+        figure = _figure(draw, size)
         kind = path.suffix.lower().removeprefix(".")
         dated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
@@ -83,12 +95,51 @@ def write_plot(
         atomic_write(path, write)
 
 
-@contextmanager
-def _style() -> Iterator[tuple[Any, Any]]:
-    """Neither a window nor the state of pyplot."""
-    import matplotlib
+def svg_for_page(
+    name: str, draw: Callable[[Axes], None], size: tuple[float, float], colors: Mapping[str, str]
+) -> str:
+    """Draw a plot as an ``<svg>`` element that stands in a page and follows its colours.
+
+    Args:
+        name: Of this plot; another one for each plot of the page, so that their ids differ.
+        draw: Is given empty axes.
+        size: Width and height in inches.
+        colors: What stands for a colour such as ``#000000`` (lower case) in the page's style.
+    """
+    text = io.StringIO()
+    with _style(salt=name):
+        figure = _figure(draw, size)
+        figure.patch.set_alpha(0)
+        for axes in figure.axes:
+            axes.patch.set_alpha(0)
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", svg, flags=re.DOTALL)
+    used = set(re.findall(r"#([\w-]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
+    return re.sub(r"#[0-9a-f]{6}\b", lambda m: colors.get(m[0], m[0]), svg)
+
+
+def _figure(draw: Callable[[Axes], None], size: tuple[float, float]) -> Figure:
+    """A figure with one plot; neither a window nor the state of pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
-        yield Figure, FigureCanvasAgg
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure.subplots())
+    return figure
+
+
+@contextmanager
+def _style(salt: str = "s2d") -> Iterator[None]:
+    """The style of all plots.
+
+    Args:
+        salt: What the ids in an SVG come from, so that they are the same every time.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
+        yield

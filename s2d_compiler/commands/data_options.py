@@ -132,11 +132,12 @@ class DataSource:
         given = {name: value for name, value in texts.items() if value is not None}
         return replace(stored or Preprocessing(), **given)
 
-    def samples(self, dyn: Any) -> Samples:
+    def samples(self, dyn: Any, *, labels: bool = True) -> Samples:
         """The images as one network takes them, the first one tried.
 
         Args:
             dyn: The staged network; its ``settings.preprocessing`` is what was stored.
+            labels: Whether they must have labels.
 
         Raises:
             UsageError, DataError: Options, data and network do not fit together.
@@ -145,7 +146,7 @@ class DataSource:
 
         from s2d_compiler.data import require_fit
 
-        data = self.open()
+        data = self.open(labels=labels)
         stored = dyn.settings.preprocessing
         preprocessing = self.preprocessing(stored)
         is_bytes = data.image(0).dtype == torch.uint8

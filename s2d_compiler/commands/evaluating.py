@@ -18,7 +18,7 @@ from s2d_compiler.commands.progress import progress
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from s2d_compiler.dynamic import DynamicModel
     from s2d_compiler.evaluation import Evaluation
@@ -50,6 +50,7 @@ def evaluate_network(
     """
     from s2d_compiler.data.loading import require_classes
     from s2d_compiler.evaluation import evaluate
+    from s2d_compiler.evaluation.evaluating import accuracy_of
     from s2d_compiler.format import load
     from s2d_compiler.plots import check_plot
 
@@ -66,7 +67,7 @@ def evaluate_network(
     accuracy = None
     if static is not None:
         batches = _shown(samples, device, f"evaluating {static.name}", reporting)
-        accuracy = _accuracy(source.read(static).eval().to(device), batches)
+        accuracy = accuracy_of(source.read(static).eval().to(device), batches)
     document: dict[str, Any] = {
         "data": samples.data.name,
         "preprocessing": samples.preprocessing.to_dict(),
@@ -106,20 +107,6 @@ def _shown(
 def _short(samples: Samples) -> str:
     name = samples.data.name
     return name if len(name) <= 50 else f"…{name[-49:]}"
-
-
-def _accuracy(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
-    """Share of the samples that the original has right."""
-    import torch
-
-    from s2d_compiler.evaluation.evaluating import require_logits, right_of
-
-    right = total = 0
-    with torch.no_grad():
-        for inputs, labels in batches:
-            right += int(right_of(require_logits(model(inputs), len(labels)), labels).sum())
-            total += len(labels)
-    return right / total
 
 
 def _table(found: Evaluation) -> Table:

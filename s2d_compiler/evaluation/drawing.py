@@ -14,7 +14,7 @@ from s2d_compiler.runtime.policies import Deadline, MacsBudget, Policy
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw_trade_off", "policy_text"]
+__all__ = ["draw_trade_off", "fill_trade_off", "policy_text"]
 
 
 def draw_trade_off(
@@ -33,22 +33,27 @@ def draw_trade_off(
     """
 
     def draw(axes: Axes) -> None:
-        unit, word = _unit(evaluation.original_macs)
-        _curves(axes, evaluation, unit)
-        _points(axes, evaluation, unit, static_accuracy)
         axes.set_title(title, loc="left")
-        axes.set_xlabel(f"{word}MACs per sample, mean")
-        axes.set_ylabel(f"accuracy on {evaluation.samples:,} samples (%)")
-        axes.set_xlim(left=0)
-        _leave_room(axes, evaluation, static_accuracy)
-        axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
-        share = axes.secondary_xaxis(
-            "top",
-            functions=_scaling(100 * unit / evaluation.original_macs),
-        )
-        share.set_xlabel("of the original's MACs (%)")
+        fill_trade_off(axes, evaluation, static_accuracy)
 
     write_plot(path, draw)
+
+
+def fill_trade_off(axes: Axes, evaluation: Evaluation, static_accuracy: float | None) -> None:
+    """Draw accuracy against MACs into axes, without a title."""
+    unit, word = _unit(evaluation.original_macs)
+    _curves(axes, evaluation, unit)
+    _points(axes, evaluation, unit, static_accuracy)
+    _name_stages(axes, evaluation, unit)
+    axes.set_xlabel(f"{word}MACs per sample, mean")
+    axes.set_ylabel(f"accuracy on {evaluation.samples:,} samples (%)")
+    axes.set_xlim(left=0)
+    _leave_room(axes, evaluation, static_accuracy)
+    axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
+    if evaluation.original_macs:
+        scaling = _scaling(100 * unit / evaluation.original_macs)
+        share = axes.secondary_xaxis("top", functions=scaling)
+        share.set_xlabel("of the original's MACs (%)")
 
 
 def _scaling(factor: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
@@ -80,11 +85,6 @@ def _points(axes: Axes, evaluation: Evaluation, unit: float, static_accuracy: fl
         [100 * stage.accuracy for stage in evaluation.stages],
         "o", color=COLORS[2], markersize=6, zorder=4, label="one stage for all samples",
     )  # fmt: skip
-    for number, stage in enumerate(evaluation.stages, start=1):
-        axes.annotate(
-            f"stage {number}", (stage.macs / unit, 100 * stage.accuracy), (5, -13),
-            textcoords="offset points", color=COLORS[2],
-        )  # fmt: skip
     if evaluation.accuracy is not None and evaluation.macs is not None:
         assert evaluation.policy is not None
         axes.plot(
@@ -98,6 +98,18 @@ def _points(axes: Axes, evaluation: Evaluation, unit: float, static_accuracy: fl
     else:
         axes.plot([static], [100 * static_accuracy], "D", color="black", markersize=7, zorder=5,
                   label="the original")  # fmt: skip
+
+
+def _name_stages(axes: Axes, evaluation: Evaluation, unit: float) -> None:
+    """Below each point; below the name before it, where that would be written over."""
+    below, before = 0, -float("inf")
+    for number, stage in enumerate(evaluation.stages, start=1):
+        is_near = stage.macs - before < 0.12 * max(evaluation.original_macs, stage.macs)
+        below, before = (below + 1 if is_near else 0), stage.macs
+        axes.annotate(
+            f"stage {number}", (stage.macs / unit, 100 * stage.accuracy), (5, -13 - 11 * below),
+            textcoords="offset points", color=COLORS[2],
+        )  # fmt: skip
 
 
 def _leave_room(axes: Axes, evaluation: Evaluation, static_accuracy: float | None) -> None:

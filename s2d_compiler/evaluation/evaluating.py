@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2d_compiler.errors import CheckError, DataError
 from s2d_compiler.evaluation.trade_off import TradeOff, trade_off
@@ -20,13 +20,26 @@ from s2d_compiler.runtime.measures import (
     measure_values,
 )
 from s2d_compiler.runtime.policies import Policy, Thresholds, policy_to_dict, thresholds_of
+from s2d_compiler.runtime.predictions import Predictions
 
 if TYPE_CHECKING:
     from s2d_compiler.dynamic import StagedNetwork
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Evaluation", "StageResult", "evaluate", "interval", "require_logits", "right_of"]
+__all__ = [
+    "Evaluation",
+    "Observer",
+    "StageResult",
+    "accuracy_of",
+    "evaluate",
+    "interval",
+    "require_logits",
+    "right_of",
+]
+
+#: Is given the labels (n,) of a batch, the logits (n, C) of every exit, and what predict found.
+Observer = Callable[[Tensor, list[Tensor], Predictions | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +124,7 @@ def evaluate(
     batches: Iterable[tuple[Any, Tensor]],
     policy: Policy | None = None,
     check_labels: Callable[[Tensor, int], None] | None = None,
+    observe: Observer | None = None,
 ) -> Evaluation:
     """Run a staged classifier on labelled samples.
 
@@ -123,6 +137,7 @@ def evaluate(
             device.
         policy: Who leaves where; None: only the exits by themselves.
         check_labels: Called with labels and the number of classes; refuses what does not fit.
+        observe: Called with every batch, by those who keep more of it than sums.
 
     Raises:
         DataError: There are no samples, or the outputs are no logits ``(N, C)``.
@@ -131,8 +146,23 @@ def evaluate(
     measured = _Measured(network, policy)
     with torch.no_grad():
         for inputs, labels in batches:
-            measured.add(inputs, labels, check_labels)
+            measured.add(inputs, labels, check_labels, observe)
     return measured.result()
+
+
+def accuracy_of(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> float:
+    """Share of the samples that a static network, in evaluation mode, has right.
+
+    Raises:
+        DataError: Its outputs are no logits ``(N, C)``.
+    """
+    right = total = 0
+    with torch.no_grad():
+        for inputs, labels in batches:
+            output = model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+            right += int(right_of(require_logits(output, len(labels)), labels).sum())
+            total += len(labels)
+    return right / total
 
 
 class _Measured:
@@ -151,7 +181,13 @@ class _Measured:
         self.samples = 0
         self.are_probabilities = True
 
-    def add(self, inputs: Any, labels: Tensor, check: Callable[[Tensor, int], None] | None) -> None:
+    def add(
+        self,
+        inputs: Any,
+        labels: Tensor,
+        check: Callable[[Tensor, int], None] | None,
+        observe: Observer | None,
+    ) -> None:
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         outputs = [require_logits(output, len(labels)) for output in self.network(*given)]
         if check is not None:
@@ -160,9 +196,11 @@ class _Measured:
         self.are_probabilities &= all(are_probabilities(output) for output in outputs)
         self.values.append(_values(outputs, self.policy))
         self.correct.append(torch.stack([right_of(o, labels) for o in outputs], 1).cpu())
-        if self.policy is None:
+        found = None if self.policy is None else self.network.predict(inputs, self.policy)
+        if observe is not None:
+            observe(labels, outputs, found)
+        if found is None:
             return
-        found = self.network.predict(inputs, self.policy)
         output = require_logits(found.output, len(labels))
         _require_agreement(output, outputs, found.stage)
         count = len(outputs)

@@ -10,11 +10,13 @@ from unittest import mock
 import torch
 
 from s2d_compiler.commands.policy_options import FORMS, read_policy
+from s2d_compiler.commands.reporting import report_network
 from s2d_compiler.errors import CheckError, DataError, UsageError
 from s2d_compiler.evaluation import evaluate
 from s2d_compiler.evaluation.evaluating import _require_agreement, require_logits
 from s2d_compiler.monitoring import Monitor
 from s2d_compiler.plots import check_plot
+from s2d_compiler.reporting.samples import samples_of
 from s2d_compiler.runtime import RunSettings
 from tests.errors.case import Case
 
@@ -27,6 +29,12 @@ def disagreeing(folder: Path) -> object:
 def without_matplotlib(folder: Path) -> object:
     with mock.patch.dict(sys.modules, {"matplotlib": None}):
         return check_plot(Path("a.png"))
+
+
+def reported(data: Any) -> Any:
+    """What a report refuses to be about."""
+    inputs = mock.Mock(settings=RunSettings())
+    return lambda folder: samples_of(inputs, data, None, 1)
 
 
 CASES: dict[str, Any] = {
@@ -74,5 +82,26 @@ CASES: dict[str, Any] = {
     "another network": Case(
         lambda folder: Monitor([1, 1]).count([1, 1, 1]), UsageError, "the predictions",
         "left at stage 3", "calibration knows 2 stages", "make a monitor of their own network",
+    ),
+    "report without data": Case(
+        reported("cifar"), DataError, "data", "a str", "neither what open_data returns nor a pair",
+        "give one of these",
+    ),
+    "report of other counts": Case(
+        reported((torch.rand(3, 2), torch.zeros(2, dtype=torch.long))), DataError, "data",
+        "2, 3 samples", "each must have as many", "hand in as many of the one as of the other",
+    ),
+    "report of no classes": Case(
+        reported((torch.rand(3, 2), torch.tensor([0, -1, 0]))), DataError, "data: labels",
+        "the least -1", "labels are class numbers from 0", "or None; give these",
+    ),
+    "report without a policy": Case(
+        lambda folder: report_network(Path("d.pt"), output=Path("r.html"), policy="none"),
+        UsageError, "--policy", "none lets nobody leave", "a report is about who leaves where",
+        "write thresholds, such as 0.9,0.8",
+    ),
+    "report of no tensors": Case(
+        reported(({1: 2}, None)), DataError, "among the inputs", "a dict",
+        "which are tensors or arrays of numbers", "convert it",
     ),
 }  # fmt: skip
