@@ -20,6 +20,7 @@ import torch
 from cyclopts import Parameter
 from rich.console import Console
 
+from benchmarks.cifar10.exporting import export
 from benchmarks.cifar10.page import write_page
 from benchmarks.cifar10.rows import rows_of
 from benchmarks.cifar10.training import Work, train
@@ -47,6 +48,7 @@ def main(
     device: str = "cpu",
     results: Path = FOLDER / "benchmarks" / "results" / "cifar10",
     page: Path = FOLDER / "docs" / "cifar10.md",
+    examples: str | None = None,
 ) -> None:
     """Train what is missing and write the page.
 
@@ -63,6 +65,7 @@ def main(
         device: Where to train.
         results: What is kept.
         page: The page to write.
+        examples: A row to put into the folder examples/, trained before.
     """
     torch.set_num_threads(threads)
     console = Console(width=160)
@@ -78,6 +81,9 @@ def main(
         for row in rows_of(network):
             if not rows or row.name in rows:
                 train(row, place, console)
+        if examples is not None:
+            for file in export(examples, place, FOLDER / "examples"):
+                console.print(f"written: {file.name}, {file.stat().st_size:,} bytes")
     write_page(results, page, console)
 
 

@@ -19,7 +19,7 @@ from s2d_compiler.data import Preprocessing, batches, open_data
 from s2d_compiler.output import atomic_write
 from s2d_compiler.training import History, Progress
 
-__all__ = ["Work", "train"]
+__all__ = ["Work", "static_model", "train"]
 
 #: Mean and standard deviation of the training images' colours.
 PREPROCESSING = Preprocessing(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
@@ -57,7 +57,7 @@ def train(row: Row, work: Work, console: Console) -> None:
     """Train a row, unless that is done, and keep what its exits say of the held-out images."""
     if work.trained(row.name).exists() and (work.results / f"{row.name}.json").exists():
         return
-    teacher = _static(work) if row.needs_static else None
+    teacher = static_model(work) if row.needs_static else None
     torch.manual_seed(work.recipe.seed)
     start = teacher if row.starts_static else row.build()
     assert start is not None
@@ -97,7 +97,7 @@ def _open(work: Work) -> tuple[Any, Any]:
     return open_data(work.data, f"{part}[:45000]"), open_data(work.data, f"{part}[45000:]")
 
 
-def _static(work: Work) -> nn.Module:
+def static_model(work: Work) -> nn.Module:
     """The trained static network."""
     row = next(row for row in rows_of(work.network) if row.name == "static")
     model = row.build()
