@@ -74,7 +74,7 @@ def _plan_of(given: Any) -> Plan:
         return Plan.from_dict(given)
     if not isinstance(given, Plan):
         raise PlanError(
-            f"masked: a {type(given).__name__} is no plan that cuts channels, and only such plans "
+            f"masked: {type(given).__name__} is no plan that cuts channels, and only such plans "
             "have a masked form; train a network with exits along depth as transform() makes it, "
             "or give a Plan or a SearchSpace."
         )
