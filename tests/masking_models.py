@@ -180,5 +180,5 @@ TRAINED_APART = {"ReusedTensors", "TiedDecoder", "VectorQuantised"}
 """They use a weight in two ways, of which the staged form makes two tensors."""
 
 DAY = datetime.datetime.now(datetime.UTC).toordinal()
-PARTS = 24
+PARTS = 32
 TRIED = list(MODELS) if os.environ.get("S2D_ZOO") == "all" else list(MODELS)[DAY % PARTS :: PARTS]

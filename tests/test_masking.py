@@ -23,7 +23,7 @@ from tests.plans import plan_dict, seeded_plan
 TELLING, TRIES = 1, 8
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data(), drawn=networks(), seed=st.integers(0, 2**16))
 def test_equals_the_staged_form(data: st.DataObject, drawn: Drawn, seed: int) -> None:
     x = drawn.batch(8, seed)
