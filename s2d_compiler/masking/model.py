@@ -244,9 +244,11 @@ class MaskedModel(nn.Module):
         program = self._captured.program
         dyn = compile_program(program, plan, assignment=assignment, made_by=self._made_by)
         weights = self._weights()
-        floating = (t for t in weights.tensors.values() if t.is_floating_point())
-        like = next(floating, torch.empty(0))
-        write_to(weights, dyn.to(like.device, like.dtype), in_place=False)
+        mine, theirs = _first_floating(self), _first_floating(dyn)
+        dyn.to(mine.device)
+        if mine.dtype != theirs.dtype:  # constants of other types stay as they are otherwise
+            dyn.to(mine.dtype)
+        write_to(weights, dyn, in_place=False)
         return dyn
 
     def load_dynamic(self, dyn: DynamicModel) -> None:
@@ -302,3 +304,8 @@ def _settings(plan: Any) -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value)[:200]
+
+
+def _first_floating(module: nn.Module) -> torch.Tensor:
+    floating = (p for p in module.parameters() if p.is_floating_point())
+    return next(floating, torch.empty(0))
