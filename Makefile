@@ -46,7 +46,7 @@ fuzz: $(STAMP) ## Files and plans damaged at random, an hour and a half; finding
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing plans --minutes 15
 
 zoo: $(STAMP) ## Every classification model of torchvision (make test tries an eighth, by the day)
-	S2D_ZOO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_zoo.py tests/test_interfaces.py
+	S2D_ZOO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_zoo.py tests/test_interfaces.py tests/test_masking.py
 
 zoo-table: $(STAMP) ## docs/zoo.md: torchvision and timm compiled and proven (hours; goes on where it stopped)
 	$(BIN)/python -m benchmarks.zoo torchvision

@@ -67,20 +67,32 @@ def steps(name: str, stages: int, precision: str, device: str) -> dict[tuple[str
     plan = {"stages": stages, "groups": 8, "default": {"split": SPLITS[stages], "concat": "all"}}
     net = masked(model, plan, (torch.zeros(2, 3, size, size),))
     images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
-    forms = {"static": model, "masked": net, "masked, last": net, "staged": net.extract()}
+    modules = {"static": model, "masked": net, "staged": net.extract()}
+    networks: dict[tuple[str, str], nn.Module] = {}
+    for kind, module in modules.items():
+        for layout, memory_format in LAYOUTS.items():
+            where: Any = {"device": device, "memory_format": memory_format}
+            networks[kind, layout] = copy.deepcopy(module).train().to(**where)
     return {
-        (form, layout): _step(form, module, images, labels, layout, precision, device)
-        for form, module in forms.items()
+        (form, layout): _step(
+            form,
+            networks[form.partition(",")[0], layout],
+            images,
+            labels,
+            layout,
+            precision,
+            device,
+        )
+        for form in (*modules, "masked, last")
         for layout in LAYOUTS
     }
 
 
 def _step(
-    form: str, module: nn.Module, images: torch.Tensor, labels: torch.Tensor,
+    form: str, network: nn.Module, images: torch.Tensor, labels: torch.Tensor,
     layout: str, precision: str, device: str,
 ) -> Step:  # fmt: skip
     where: Any = {"device": device, "memory_format": LAYOUTS[layout]}
-    network = copy.deepcopy(module).train().to(**where)
     images = images.to(**where)
     labels = labels.to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
