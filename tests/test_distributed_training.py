@@ -51,7 +51,7 @@ def test_the_command_runs_under_torchrun(tmp_path: Path) -> None:
     staged().save(tmp_path / "dyn.pt")
     pixels, labels = samples()
     numpy.savez(tmp_path / "a.npz", images=pixels.numpy(), labels=labels.numpy())
-    words: list[Any] = ["dyn.pt", "--data", "a.npz", "-o", "t.pt", "--log", "log.jsonl"]
+    words: list[Any] = ["dyn.pt", "--data", "a.npz", "-o", "t.pt", "--log-file", "log.jsonl"]
     named = [str(tmp_path / word) if "." in word else word for word in words]
     torchrun("-m", "s2d_compiler", "train", *named, "--epochs", "2", "--batch-size", "8")
     found = load(tmp_path / "t.pt")

@@ -176,7 +176,7 @@ def test_a_terminal_sees_a_bar_with_everything(
 
 
 def stopped(words: list[str], sent: signal.Signals) -> int:
-    """Run the command, and get a signal in its ninth step."""
+    """Run the command, and get a signal in its eighth step."""
     steps = 0
     shown = training_reports.reports
 
@@ -214,7 +214,7 @@ def test_an_interrupted_command_keeps_what_was_done(
     assert f"s2d: {'interrupted' if sent == signal.SIGINT else 'terminated'}" in said
     found = read_checkpoint("t.pt.checkpoint")
     assert found is not None
-    assert (found["epoch"], found["step"]) == (1, 3)
+    assert (found["epoch"], found["step"]) == (1, 2)
     assert not Path("t.pt").exists()
     expected = staged()
     fit(expected, samples(), SHORT)
@@ -229,12 +229,12 @@ def test_never_begins_anew_and_a_named_checkpoint_stays(folder: Path) -> None:
         assert cli.main(["train", *words]) == 2
         assert Path("mine").read_bytes() == b"nothing"
     run(*WORDS, "--checkpoint", "kept")
-    words = ["--lr", "0.07", "--checkpoint", "kept"]
+    words = ["--seed", "3", "--checkpoint", "kept"]
     assert cli.main(["train", *WORDS, *words, "-o", "t.pt", "--quiet"]) == 2
     run(*WORDS, *words, "--resume", "never")
     found = read_checkpoint("kept")
     assert found is not None
-    assert (found["epoch"], found["run"]["recipe"]["lr"]) == (2, 0.07)
+    assert (found["epoch"], found["run"]["recipe"]["seed"]) == (2, 3)
 
 
 @pytest.mark.parametrize(

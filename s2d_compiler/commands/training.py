@@ -99,7 +99,9 @@ def train_network(
     checkpoint_steps: Annotated[
         int | None, Parameter(validator=validators.Number(gte=1), show_default=False)
     ] = None,
-    log_file: Annotated[Path | None, Parameter(name="--log", show_default=False)] = None,
+    log_file: Annotated[
+        Path | None, Parameter(name=["--log", "--log-file"], show_default=False)
+    ] = None,
     tensorboard: Annotated[Path | None, _Hidden] = None,
     device: str = "cpu",
     reporting: Reporting = REPORTING,
@@ -121,7 +123,8 @@ def train_network(
             anew.
         checkpoint_seconds: After how many seconds the checkpoint is written, besides each epoch.
         checkpoint_steps: After how many steps it is written.
-        log_file: Write what each epoch was like into this file, as one JSON object per line.
+        log_file: Write what each epoch was like into this file, as one JSON object per line
+            (torchrun takes --log for one of its own options; write --log-file there).
         tensorboard: Write the same for TensorBoard into this folder (pip install
             s2d-compiler[tensorboard]).
         device: Where to train, such as cpu or cuda.
