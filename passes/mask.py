@@ -113,6 +113,9 @@ class _Masking:
             name: name + "_" * sum(t.rstrip("_") == name for t in taken)
             for name in ("exits", "original", "masks", "tensors")
         }
+        families = self.channels.families
+        always = [family.atoms[: max(family.pinned, len(family.atoms) == 1)] for family in families]
+        self.always_first = [atom for atoms in always for atom in atoms]
         self.inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
 
     def run(self) -> tuple[tuple[Any, ...], ...]:
@@ -178,6 +181,8 @@ class _Masking:
         labels = self.labels(node)
         own = is_versioned(labels) or has_atoms(labels)
         if not own or not (self.is_versioned(node) or node.name in self.channels.heads):
+            return compute(1)
+        if np.isin(labels, self.always_first).all():
             return compute(1)
         found = tuple(compute(k) for k in self.stages)
         if not has_atoms(labels):

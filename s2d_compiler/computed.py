@@ -35,6 +35,20 @@ class Step:
         tree_map_only(Value, lambda v: found.append(v.name), (self.args, dict(self.kwargs)))
         return found
 
+    def __reduce__(self) -> Any:
+        target = self.target
+        if isinstance(target, torch._ops.OpOverload):  # which cannot be pickled but by name
+            names = (target.namespace, target._opname, target._overloadname)
+            return _step_of_operator, (self.name, *names, self.args, dict(self.kwargs))
+        return Step, (self.name, target, self.args, dict(self.kwargs))
+
+
+def _step_of_operator(
+    name: str, namespace: str, operator: str, overload: str, args: Any, kwargs: Any
+) -> Step:
+    target = getattr(getattr(getattr(torch.ops, namespace), operator), overload)
+    return Step(name, target, args, kwargs)
+
 
 @dataclass(frozen=True, slots=True)
 class Expression:

@@ -115,6 +115,20 @@ class CallShape:
         spec = self.output_spec
         return leaves[0] if spec is None else pytree.tree_unflatten(list(leaves), spec)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A structure is pickled as an example of it, which all releases of torch read."""
+        state = dict(self.__dict__)
+        for key in ("output_spec", "input_spec"):
+            if (spec := state[key]) is not None:
+                state[key] = (pytree.tree_unflatten([0] * spec.num_leaves, spec),)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for key in ("output_spec", "input_spec"):
+            if state[key] is not None:
+                state[key] = pytree.tree_structure(state[key][0])
+        self.__dict__.update(state)
+
 
 @dataclass(frozen=True)
 class DynamicParts(CallShape):

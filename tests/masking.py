@@ -71,24 +71,23 @@ def loss_of(outputs: Any) -> Tensor:
     return total
 
 
-def one_step(model: nn.Module, inputs: tuple[Any, ...], rate: float = 0.01) -> nn.Module:
+def one_step(model: nn.Module, inputs: tuple[Any, ...], **keywords: Any) -> None:
     """A step of gradient descent in training mode, without dropout."""
     model.train()
     for module in model.modules():
         if "Dropout" in type(module).__name__:
             module.eval()
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    loss_of(model(*inputs)).backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loss_of(model(*inputs, **keywords)).backward()
     optimizer.step()
-    return model
 
 
-def trained_alike(net: MaskedModel, inputs: tuple[Any, ...]) -> None:
+def trained_alike(net: MaskedModel, inputs: tuple[Any, ...], **keywords: Any) -> None:
     """Require that one step of either form gives the same weights and statistics."""
     dyn = net.extract()
     start = copy.deepcopy(dyn.state_dict())
-    one_step(dyn, inputs)
-    one_step(net, inputs)
+    one_step(dyn, inputs, **keywords)
+    one_step(net, inputs, **keywords)
     mine = net.extract().state_dict()
     moved = 0.0
     for key, value in dyn.state_dict().items():

@@ -21,6 +21,7 @@ from passes.base import Pass, PassResult
 from passes.concat import ConcatFeatures
 from passes.cost import CountCost
 from passes.exits import AddExits
+from passes.mask import MaskChannels
 from passes.original import AppendOriginal
 from passes.split import SplitChannels
 from s2d_compiler.analysis.assignment import StageAssignment, assign
@@ -256,6 +257,19 @@ def test_text_of_the_residual_network(step: str, golden: Golden) -> None:
 @pytest.mark.parametrize("name", ["shuffled", "versioned"])
 def test_text_of_exits(name: str, golden: Golden) -> None:
     golden(f"{name}-exits", text_of(after(assigned(name, TWO), *STEPS["exits"])))
+
+
+@pytest.mark.parametrize("name", ["residual", "versioned"])
+def test_text_of_the_masked_network(name: str, golden: Golden) -> None:
+    assigned_ = assigned(name, TWO)
+    made = MaskChannels(assigned_).run(new_staged_graph(assigned_)).graph_module
+    golden(f"{name}-masked", text_of(made))
+
+
+def test_masks_need_an_empty_graph() -> None:
+    plan = assigned("residual", TWO)
+    with pytest.raises(PassError, match="mask-channels needs a graph that is empty"):
+        MaskChannels(plan).run(after(plan, "split-channels"))
 
 
 # -- numbers -------------------------------------------------------------------------------

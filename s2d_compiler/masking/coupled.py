@@ -121,9 +121,8 @@ def _reduced(
     """Of some positions; any finite numbers where there are none."""
     name = reduction._opname
     if name == "mean":
-        share = own.numel() / own.sum().clamp(min=1)
         result = reduction(x.masked_fill(~own, 0), *rest, **keywords)
-        return torch.as_tensor(result * share.to(result.dtype))
+        return torch.as_tensor(result * (own.numel() / own.sum().clamp(min=1).to(result.dtype)))
     if name in ("var", "std"):
         return _spread(reduction, x, own, rest, keywords)
     fill: Any = {"sum": 0, "prod": 1, "any": False, "all": True, "norm": 0}.get(name, 0)
@@ -155,7 +154,8 @@ def _spread(
     count = own.sum() * positions
     mean = x.masked_fill(~own, 0).sum(dims, keepdim=True) / count.clamp(min=1)
     squares = (x - mean).masked_fill(~own, 0).square().sum(dims, keepdim=keep)
-    variance = squares / (count - correction)
-    if reduction._opname == "std":
-        variance = torch.where(own.any(), variance, 1).sqrt()
+    variance = squares / torch.where(own.any(), count - correction, 1)
+    if reduction._opname == "std":  # whose gradient is none where all numbers are equal
+        equal = variance == 0
+        variance = torch.where(equal, 0, torch.where(equal, 1, variance).sqrt())
     return torch.as_tensor(variance)

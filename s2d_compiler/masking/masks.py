@@ -104,14 +104,7 @@ class Own:
     stage: int
 
     def array(self, assignment: StageAssignment) -> npt.NDArray[Any]:
-        return _own(assignment, self.labels, self.stage)
-
-
-def _own(assignment: StageAssignment, labels: Labels, stage: int) -> Bools:
-    """With an untouched network at the end, what would be its channels goes with the last thin
-    stage: nobody reads it, and it must be some number."""
-    owner = np.minimum(assignment.owner_of(labels), assignment.thin_stages)
-    return np.asarray(owner == stage)
+        return np.asarray(assignment.owner_of(self.labels) == self.stage)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +137,7 @@ class OwnFirst:
     inverse: bool = False
 
     def array(self, assignment: StageAssignment) -> npt.NDArray[Any]:
-        own = _own(assignment, self.labels.reshape(-1), self.stage)
+        own = assignment.owner_of(self.labels.reshape(-1)) == self.stage
         order = np.argsort(~own, kind="stable")
         return np.argsort(order, kind="stable") if self.inverse else order
 
@@ -166,6 +159,6 @@ class NotFirst:
     dimension: int
 
     def array(self, assignment: StageAssignment) -> npt.NDArray[Any]:
-        own = np.sort(_own(assignment, self.labels.reshape(-1), self.stage))[::-1]
+        own = np.sort(assignment.owner_of(self.labels.reshape(-1)) == self.stage)[::-1]
         shape = [-1 if d == self.dimension else 1 for d in range(self.rank)]
         return np.asarray(~own).reshape(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ def _plan_of(given: Any) -> Plan:
         return Plan.from_dict(given)
     if not isinstance(given, Plan):
         raise PlanError(
-            f"masked: a {type(given).__name__} is no plan that cuts channels, and only such plans "
+            f"masked: {type(given).__name__} is no plan that cuts channels, and only such plans "
             "have a masked form; train a network with exits along depth as transform() makes it, "
             "or give a Plan or a SearchSpace."
         )
@@ -243,8 +244,9 @@ class MaskedModel(nn.Module):
         program = self._captured.program
         dyn = compile_program(program, plan, assignment=assignment, made_by=self._made_by)
         weights = self._weights()
-        device = next(iter(weights.tensors.values()), torch.empty(0)).device
-        write_to(weights, dyn.to(device), in_place=False)
+        floating = (t for t in weights.tensors.values() if t.is_floating_point())
+        like = next(floating, torch.empty(0))
+        write_to(weights, dyn.to(like.device, like.dtype), in_place=False)
         return dyn
 
     def load_dynamic(self, dyn: DynamicModel) -> None:
@@ -277,11 +279,13 @@ class MaskedModel(nn.Module):
                 "extract() return."
             )
         mine, others = _settings(self.plan), _settings(dyn.plan)
-        if mine != others:
-            raise UsageError(
-                f"the staged network has the plan {dyn.plan}, and the masked form {self.plan}; "
-                "call set_plan() with the network's plan, or extract() a network of this one."
-            )
+        for key in dict.fromkeys((*mine, *others)):
+            if mine.get(key) != others.get(key):
+                raise UsageError(
+                    f"the staged network has the plan's {key!r} {_shown(others.get(key))}, and the "
+                    f"masked form {_shown(mine.get(key))}, which must be the same; call set_plan() "
+                    "with the network's plan, or extract() a network of this one."
+                )
         owners = tuple(self._captured.assign(self.plan).owners.tolist())
         if dyn.parts.owners != owners:
             raise UsageError(
@@ -294,3 +298,7 @@ class MaskedModel(nn.Module):
 def _settings(plan: Any) -> dict[str, Any]:
     """What a plan says about stages, apart from the input."""
     return {k: v for k, v in plan.to_dict().items() if k != "input_shape"}
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else json.dumps(value)[:200]

@@ -107,18 +107,38 @@ def take_from(weights: Weights, dyn: DynamicModel) -> None:
     """The reverse of ``write_to``; what no stage holds stays as it was.
 
     Raises:
-        UsageError: It was made from another model.
+        UsageError: It was made from another model, or holds different numbers in the place of one
+            of the masked form's. Nothing is changed then.
     """
+    pairs = _pairs(weights, dyn)
+    taken = {id(whole): whole.detach().clone() for _, _, whole in pairs}
     with torch.no_grad():
-        for key, where, whole in _pairs(weights, dyn):
+        for key, where, whole in pairs:
+            copied = taken[id(whole)]
+            copied[_grid(where, copied)] = read(dyn, key).detach().to(copied.device, copied.dtype)
+        for key, where, whole in pairs:
             part = read(dyn, key).detach().to(whole.device, whole.dtype)
-            if all(index is None for index in where.index):
-                whole.copy_(part)
-                continue
-            sizes = zip(where.index, whole.shape, strict=True)
-            index = [
-                np.arange(size) if chosen is None else np.asarray(chosen, dtype=np.int64)
-                for chosen, size in sizes
-            ]
-            grid = tuple(torch.from_numpy(i).to(whole.device) for i in np.ix_(*index))
-            whole[grid] = part
+            found = where.take(taken[id(whole)])
+            apart = whole.is_floating_point() and not _is_same(found, part)
+            if apart:
+                raise UsageError(
+                    f"{key} of the staged network is a slice of {where.source!r} that another "
+                    "tensor holds as well, and they are no longer the same, while the masked form "
+                    "has one tensor for both; train this network in its staged form."
+                )
+        for _, _, whole in pairs:
+            whole.copy_(taken[id(whole)])
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def _grid(where: Slice, whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """An index of a slice's elements."""
+    sizes = zip(where.index, whole.shape, strict=True)
+    index = [
+        np.arange(size) if chosen is None else np.asarray(chosen, dtype=np.int64)
+        for chosen, size in sizes
+    ]
+    return tuple(torch.from_numpy(i).to(whole.device) for i in np.ix_(*index))

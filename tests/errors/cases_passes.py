@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from passes.base import Pass, PassResult
 from passes.exits import AddExits
+from passes.mask import MaskChannels
 from s2d_compiler import Plan
 from s2d_compiler.analysis.assignment import StageAssignment, assign
 from s2d_compiler.analysis.channels import analyse_channels
@@ -128,7 +129,19 @@ def no_exits() -> object:
     return AddExits(assignment).ensures(made)
 
 
+def no_masked_exits() -> object:
+    assignment = assigned()
+    return MaskChannels(assignment).ensures(new_staged_graph(assignment))
+
+
 CASES = {
+    "no masked exits": refused(
+        no_masked_exits,
+        "mask-channels left",
+        "as output",
+        "must be a tuple of 2 exits",
+        "give output.args one per stage",
+    ),
     "order": refused(
         lambda: AddExits(assignment := assigned()).run(new_staged_graph(assignment)),
         "add-exits",
