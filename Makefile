@@ -78,7 +78,8 @@ timing: $(STAMP) ## docs/early-exit-time.md, docs/against-earlyon.md, figures of
 
 faults: $(STAMP) ## Interruptions at every line of the writing and at hundreds of random moments
 	S2D_FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) \
-		tests/test_faults.py tests/test_interruptions.py tests/test_determinism.py
+		tests/test_faults.py tests/test_interruptions.py tests/test_determinism.py \
+		tests/test_training_faults.py
 
 demo: $(STAMP) ## Train, compile, fine-tune, calibrate and evaluate a small network, in about two minutes
 	@mkdir -p $(DEMO)

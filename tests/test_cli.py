@@ -550,7 +550,7 @@ def test_wrong_usage_is_one_line(compile_: Run, words: tuple[str, ...], part: st
 
 
 def test_an_unknown_command_is_one_line(s2d: Run):
-    refused(s2d("optimize"), '"optimize"', "compile, inspect, calibrate, show")
+    refused(s2d("optimize"), '"optimize"', "compile, inspect, train, calibrate, show")
 
 
 def test_errors_are_json_documents_on_demand(compile_: Run):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy
@@ -17,7 +18,18 @@ from s2d_compiler import Recipe, fit, masked
 from s2d_compiler.data import Preprocessing
 from s2d_compiler.runtime import MacsBudget, StageTimings, Thresholds, Timings
 from s2d_compiler.training.feeding import as_data
-from tests.training import SHORT, Stop, network, same, samples, staged, stopping, trained, weights
+from tests.training import (
+    SHORT,
+    Stop,
+    compiled,
+    network,
+    same,
+    samples,
+    staged,
+    stopping,
+    trained,
+    weights,
+)
 
 TIMINGS = Timings((1,), (StageTimings((1.0,), (2.0,)),) * 3, {"device": "cpu"})
 ONE_STEP = Recipe(epochs=1, batch_size=96, schedule="constant", memory_format="contiguous")
@@ -205,8 +217,12 @@ def test_an_original_last_stage_is_frozen_and_teaches(form: str) -> None:
     ids=str,
 )
 def test_each_setting_has_an_effect(changes: dict[str, Any]) -> None:
-    dyn = staged()
-    assert not same(trained(dyn, replace(SHORT, **changes)), trained(dyn))
+    assert not same(trained(compiled(), replace(SHORT, **changes)), plain())
+
+
+@cache
+def plain() -> nn.Module:
+    return trained(compiled())
 
 
 def test_memory_format_is_the_networks_while_it_is_trained() -> None:

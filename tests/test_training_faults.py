@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from s2d_compiler import Recipe, fit
-from s2d_compiler.errors import CheckpointError, OutputError, TrainingDivergedError
+from s2d_compiler.data import open_data
+from s2d_compiler.data.functions import MapStyle
+from s2d_compiler.errors import CheckpointError, DataError, OutputError, TrainingDivergedError
 from s2d_compiler.training import checkpoints
 from s2d_compiler.training.checkpoints import read_checkpoint
 from tests.faults import answer, hidden_files, many, needs_fork, small_disk, start, wait
@@ -319,3 +321,67 @@ def test_the_form_of_a_checkpoint_is_gone_on_with(
     assert "a step takes" not in caplog.text
     with pytest.raises(CheckpointError, match=r"recipe\.form is 'auto' there and 'masked' here"):
         fit(dyn, samples(), forced, original=model, checkpoint=tmp_path / "c")
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def test_an_image_that_cannot_be_read_is_named_and_the_rest_kept(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for number, (image, label) in enumerate(zip(*samples(), strict=True)):
+        folder = tmp_path / "images" / str(int(label))
+        folder.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:03}.png")
+    data = open_data(f"folder:{tmp_path / 'images'}")
+    broken = Path(data.place(50))
+
+    def breaking(progress: Any) -> None:
+        if progress.result is not None:
+            broken.write_bytes(broken.read_bytes()[:60])
+
+    model = network()
+    with pytest.raises(DataError, match=f"{broken}: this image cannot be read"):
+        fit(model, data, SHORT, checkpoint=tmp_path / "c", on_progress=breaking)
+    found = read_checkpoint(tmp_path / "c")
+    assert found is not None
+    assert found["epoch"] == 1
+
+
+class Signalling(torch.utils.data.Dataset[Any]):
+    """Sends a signal to its process when an image is read for the so many-th time."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.after -= 1
+        if self.after == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return samples(40, seed=5)[0][index], int(samples(40, seed=5)[1][index])
+
+
+@needs_fork
+def test_interrupted_while_it_validates_it_validates_again(tmp_path: Path) -> None:
+    whole = network()
+    history = fit(whole, samples(), SHORT, validation=samples(40, seed=5))
+
+    def interrupted() -> int:
+        data = MapStyle("signalling", Signalling(40 + 3 + 20))  # labels, trials, half of an epoch
+        try:
+            fit(network(), samples(), SHORT, validation=data, checkpoint=tmp_path / "c")
+        except KeyboardInterrupt:
+            return 7
+        return 1
+
+    assert wait(start(interrupted)) == 7
+    found = read_checkpoint(tmp_path / "c")
+    assert found is not None
+    assert (found["epoch"], found["step"]) == (0, 6)
+    model = network()
+    again = fit(model, samples(), SHORT, validation=samples(40, seed=5), checkpoint=tmp_path / "c")
+    assert same(model, whole)
+    assert [e.validation for e in again.epochs] == [e.validation for e in history.epochs]

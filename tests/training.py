@@ -38,6 +38,12 @@ def staged(model: nn.Module | None = None, **changes: Any) -> DynamicModel:
 
 
 @cache
+def compiled() -> DynamicModel:
+    """The network in three stages, made once; to be copied before it is changed."""
+    return staged()
+
+
+@cache
 def samples(count: int = 96, seed: int = 3) -> tuple[Tensor, Tensor]:
     """Images of bytes whose brightness is their class, and labels."""
     generator = torch.Generator().manual_seed(seed)
