@@ -75,9 +75,14 @@ def noted() -> Iterator[Callable[[], bool]]:
     ]
     received: list[int] = []
 
+    def again(number: int) -> None:
+        if before[number] is _note:
+            _received.append(number)
+        _raise(number)
+
     def note(number: int, frame: object) -> None:
         if received:
-            _note(number, frame)
+            again(number)
         received.append(number)
 
     for number in mine:
@@ -88,7 +93,7 @@ def noted() -> Iterator[Callable[[], bool]]:
         for number in mine:
             signal.signal(number, before[number])
     if received:
-        _note(received[0], None)
+        again(received[0])
 
 
 def heed() -> None:

@@ -28,6 +28,7 @@ from tests.errors import (
     cases_plan,
     cases_reading,
     cases_runtime,
+    cases_training,
     cases_verify,
 )
 from tests.errors.case import Case
@@ -57,6 +58,7 @@ TABLES = (
     cases_verify,
     cases_depth,
     cases_optimized,
+    cases_training,
 )
 CASES: dict[str, Case] = {
     f"{table.__name__.rpartition('_')[2]}: {name}": case

@@ -81,6 +81,11 @@ def require_shapes(
     for name, some in (("data", data), ("validation", validation)):
         if some is not None and not len(some):
             raise DataError(f"{name}: {some.name} has 0 images, and it takes one; give some")
+    if validation is not None and bool((validation.labels < 0).any()):
+        raise DataError(
+            f"{validation.name}: images without labels to validate with, and accuracy needs them; "
+            "give labels, or no validation data"
+        )
     if call is None:
         return None
     shape = require_fit(data, preprocessing, call.input_shapes)

@@ -145,7 +145,8 @@ class Feed:
         wrong = (~images.isfinite()).flatten(1).any(1).nonzero()
         at = int(order[int(wrong[0])]) if len(wrong) else int(order[0])
         raise DataError(
-            f"{self.data.place(at)}: it has pixels that are NaN or infinite; correct or remove it"
+            f"{self.data.place(at)}: it has pixels that are NaN or infinite, and so the loss would "
+            "be; correct or remove it"
         )
 
     def fingerprint(self) -> str:
@@ -180,11 +181,18 @@ def as_data(given: Any, name: str) -> Data:
             f"{name}: a {type(given).__name__} is neither data nor a pair of images and labels; "
             "give what open_data returns, or (images, labels)"
         )
-    images, labels = (torch.as_tensor(part) if part is not None else None for part in given)
+    images, labels = (None if part is None else torch.as_tensor(part) for part in given)
     if images is None:
-        raise DataError(f"{name}: there are no images; give (images, labels)")
+        raise DataError(
+            f"{name}: the images are None, and there must be some; give (images, labels)"
+        )
     if labels is None:
         labels = torch.full((len(images),), -1)
+    if len(labels) != len(images):
+        raise DataError(
+            f"{name}: {len(images)} images and {len(labels)} labels, and each image has one; give "
+            "as many of the one as of the other"
+        )
     if images.dim() == 4 and (images.dtype == torch.uint8 or images.is_floating_point()):
         found = images if images.shape[3] not in (1, 3) else _images(images.numpy(), name)
     else:

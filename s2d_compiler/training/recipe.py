@@ -214,7 +214,9 @@ class Recipe:
             UsageError: It is something else.
         """
         if not isinstance(data, Mapping):
-            raise UsageError(f"recipe: {shown(data)} stands where settings by name belong; fix it")
+            raise UsageError(
+                f"recipe: {shown(data)} stands where settings by name belong; give a dict"
+            )
         return cls().changed(**data)
 
 
