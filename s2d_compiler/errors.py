@@ -157,8 +157,9 @@ class TrainingDivergedError(S2DError):
     """The loss of a training is no longer finite, or has grown beyond what guessing gives.
 
     Example:
-        epoch 1, step 12: the loss is nan, and it must stay finite; lower the learning rate (0.4),
-        warm up (warmup_steps) or clip gradients (clip_norm).
+        epoch 1, step 1: the loss is nan, and it must stay finite; lower the learning rate (0.05),
+        warm up (warmup_steps) or clip gradients (clip_norm); there is no checkpoint to go back
+        to.
 
     What to do:
         As the message says. The last checkpoint was written before that and is kept, and the
@@ -170,8 +171,8 @@ class CheckpointError(S2DError):
     """A training cannot go on from a checkpoint: it is damaged, or of another training.
 
     Example:
-        run.ckpt: recipe.lr is 0.1 there and 0.05 here, and a training goes on only as it began;
-        give what it began with, or name another file.
+        c: recipe.lr is 0.05 there and 0.1 here, and a training goes on only as it began; give
+        what it began with, or name another file.
 
     What to do:
         Give the same network, data, recipe and teacher, or name another file for another

@@ -480,8 +480,12 @@ def test_findings_about_exits(tmp_path: Path) -> None:
     dyn = network()
     nobody, _ = written(tmp_path, dyn, pixels(), policy=Thresholds((math.inf, math.inf)))
     assert "Nobody leaves early" in nobody.text
-    everybody, _ = written(tmp_path, dyn, pixels(), policy=Thresholds((0.0, 0.0)))
+    assert "Leaving early costs" not in nobody.text
+    everybody, found = written(tmp_path, dyn, pixels(), policy=Thresholds((0.0, 0.0)))
     assert "All samples leave at stage 1" in everybody.text
+    first, last = found.stages[0].accuracy, found.stages[-1].accuracy
+    costs = f"Leaving early costs {100 * (last - first):.2f} points"
+    assert (costs in everybody.text) == (last - first > 0.01)
     with torch.no_grad():
         values = dyn(pixels().images(range(60)) / 255)[0].softmax(1).amax(1).sort().values
     nearly, _ = written(tmp_path, dyn, pixels(), policy=Thresholds((float(values[3]), 0.0)))

@@ -99,7 +99,9 @@ def train_network(
     checkpoint_steps: Annotated[
         int | None, Parameter(validator=validators.Number(gte=1), show_default=False)
     ] = None,
-    log_file: Annotated[Path | None, Parameter(name="--log", show_default=False)] = None,
+    log_file: Annotated[
+        Path | None, Parameter(name=["--log", "--log-file"], show_default=False)
+    ] = None,
     tensorboard: Annotated[Path | None, _Hidden] = None,
     device: str = "cpu",
     reporting: Reporting = REPORTING,
@@ -121,7 +123,8 @@ def train_network(
             anew.
         checkpoint_seconds: After how many seconds the checkpoint is written, besides each epoch.
         checkpoint_steps: After how many steps it is written.
-        log_file: Write what each epoch was like into this file, as one JSON object per line.
+        log_file: Write what each epoch was like into this file, as one JSON object per line
+            (torchrun takes --log for one of its own options; write --log-file there).
         tensorboard: Write the same for TensorBoard into this folder (pip install
             s2d-compiler[tensorboard]).
         device: Where to train, such as cpu or cuda.
@@ -133,8 +136,8 @@ def train_network(
     recipe = options.recipe(data.batch_size)
     path = checkpoint or output.with_name(f"{output.name}.checkpoint")
     _check_files(dyn, output, path, log_file, data, teacher, original)
-    _check_resume(resume, path)
     with joined(device) as place:
+        _check_resume(resume, path)
         staged = load(dyn, read_device(place or device))
         source.require_shape_of(dyn, staged.parts.input_shapes)
         images, held_out = data.open(labels=recipe.labels), data.validation()
@@ -191,6 +194,9 @@ def _check_files(
 
 
 def _check_resume(resume: str, checkpoint: Path) -> None:
+    from s2d_compiler.training.checkpoints import read_checkpoint
+    from s2d_compiler.training.distributed import Processes
+
     if resume not in ("auto", "must", "never"):
         raise UsageError(f"--resume: {resume[:60]!r} is none of auto, must, never; write one")
     if resume == "must" and not checkpoint.exists():
@@ -198,8 +204,11 @@ def _check_resume(resume: str, checkpoint: Path) -> None:
             f"--resume: must, and there is no checkpoint {checkpoint}; name the one to go on from "
             "with --checkpoint, or write auto"
         )
-    if resume == "never":
-        checkpoint.unlink(missing_ok=True)
+    processes = Processes()
+    # What is no checkpoint is somebody's, and stays.
+    if resume == "never" and processes.is_first and read_checkpoint(checkpoint) is not None:
+        checkpoint.unlink()
+    processes.all_of(None)  # nobody goes on before it is gone
 
 
 def _is_first() -> bool:
