@@ -121,7 +121,7 @@ def test_compile_writes_what_transform_makes_and_says_what_to_do(compile_: Run):
     for part in ("cumulative MACs", "cut", "checked in float64: largest error", "written: dyn.pt"):
         assert part in out
     assert "The exits are untrained" in out
-    assert "Next: fine-tune dyn.pt" in out
+    assert "s2d train dyn.pt" in out
     assert "\x1b" not in out
     dyn = s2d_compiler.load("dyn.pt")
     model = torch.load("model.pt", weights_only=False)

@@ -27,9 +27,10 @@ from s2d_compiler.calibration import calibrate, record
 from s2d_compiler.calibration.temperature import fit_temperature
 from s2d_compiler.data import Preprocessing, open_data
 from s2d_compiler.data.sources import Arrays
-from s2d_compiler.errors import DataError, UsageError
+from s2d_compiler.errors import DataError, ModelFileError, UsageError
 from s2d_compiler.evaluation import Evaluation, evaluate
 from s2d_compiler.reporting import write_report
+from s2d_compiler.reporting.findings import findings
 from s2d_compiler.reporting.gallery import data_url
 from s2d_compiler.reporting.observations import Observations
 from s2d_compiler.reporting.reliability import reliability
@@ -405,6 +406,8 @@ def test_pictures_are_what_is_seen() -> None:
     assert seen(torch.full((1, 4, 4), math.nan)).max() == 0
     large = seen(torch.zeros(3, 400, 200, dtype=torch.uint8))
     assert large.shape == (96, 48, 3)
+    noise = torch.randint(256, (3, 224, 224), dtype=torch.uint8)
+    assert 8 * 18 * len(data_url(noise)) < 2_500_000  # eight stages of such images
 
 
 class Vector(nn.Module):
@@ -478,8 +481,12 @@ def test_findings_about_exits(tmp_path: Path) -> None:
     dyn = network()
     nobody, _ = written(tmp_path, dyn, pixels(), policy=Thresholds((math.inf, math.inf)))
     assert "Nobody leaves early" in nobody.text
-    everybody, _ = written(tmp_path, dyn, pixels(), policy=Thresholds((0.0, 0.0)))
+    assert "Leaving early costs" not in nobody.text
+    everybody, found = written(tmp_path, dyn, pixels(), policy=Thresholds((0.0, 0.0)))
     assert "All samples leave at stage 1" in everybody.text
+    worse = dataclasses.replace(found, accuracy=found.stages[-1].accuracy - 0.02)
+    said = findings(worse, (), None, "", labelled=True, is_outdated=False)
+    assert any(text.startswith("Leaving early costs 2.00 points") for text in said)
     with torch.no_grad():
         values = dyn(pixels().images(range(60)) / 255)[0].softmax(1).amax(1).sort().values
     nearly, _ = written(tmp_path, dyn, pixels(), policy=Thresholds((float(values[3]), 0.0)))
@@ -504,6 +511,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
             write_report(dyn, data, path, policy=POLICY)  # type: ignore[arg-type]
     with mock.patch.dict(sys.modules, {"matplotlib": None}), pytest.raises(UsageError):
         write_report(dyn, pixels(), path, policy=POLICY)
+    with pytest.raises(ModelFileError, match="there is no such file"):
+        write_report(dyn, pixels(), path, policy=POLICY, file=tmp_path / "absent.pt")
     assert not path.exists()
 
 

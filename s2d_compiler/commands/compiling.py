@@ -167,6 +167,6 @@ def _next(dyn: DynamicModel, output: Path) -> str:
             f'load("{output}").at_stage(1), and fine-tune; examples/detector_backbone.py shows how.'
         )
     return (
-        f"{who}.\nNext: fine-tune {output} on your data, with the sum of the stages' "
-        "losses (cross-entropy for a classifier); examples/digits.py shows how."
+        f"{who}.\nNext: train the stages of a classifier with s2d train {output} --data ... "
+        "(docs/tutorial.md); of another network in Python, with the sum of the stages' losses."
     )

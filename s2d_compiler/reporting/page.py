@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from s2d_compiler.evaluation.drawing import policy_text
 from s2d_compiler.evaluation.evaluating import accuracy_of, interval
 from s2d_compiler.output import atomic_write, check_writable
 from s2d_compiler.plots import check_matplotlib
+from s2d_compiler.reading import describe_origin
 from s2d_compiler.reporting.diagram import depth_segments, width_diagram
 from s2d_compiler.reporting.figures import reliability_figure, trade_off_figure
 from s2d_compiler.reporting.findings import findings
@@ -88,13 +87,15 @@ def write_report(
         DataError: The data do not fit the network, or it is no classifier.
         PolicyError: The policy does not fit the network.
         UsageError: matplotlib is not installed.
-        OutputError: The file cannot be written.
+        ModelFileError: There is no such ``file``.
+        OutputError: The page cannot be written.
     """
     check_matplotlib("report")
     check_writable(path)
     samples = samples_of(dyn, data, preprocessing, dyn.parts.batch or batch_size)
     samples = replace(samples, labelled=labelled and samples.labelled)
     device = _device(dyn)
+    origin = None if file is None else describe_origin(file)
 
     def batches(what: str) -> Iterable[Any]:
         given = samples.batches(device)
@@ -112,7 +113,7 @@ def write_report(
     if original is not None and samples.labelled:
         with evaluation_mode(original):
             accuracy = accuracy_of(original, batches("evaluating the original"))
-    context = _context(dyn, samples, found, seen, accuracy, file)
+    context = _context(dyn, samples, found, seen, accuracy, origin)
     content = _environment().get_template("page.html").render(
         is_chosen_here=is_chosen_here, **context
     ).encode()  # fmt: skip
@@ -139,7 +140,7 @@ def _context(
     found: Evaluation,
     seen: Observations,
     static_accuracy: float | None,
-    file: str | os.PathLike[str] | None,
+    origin: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What the template shows."""
     labelled = samples.labelled
@@ -151,8 +152,8 @@ def _context(
     shape = samples.input_shape or dyn.parts.input_shapes[0]
     assert found.policy is not None
     return {
-        "name": "" if file is None else Path(file).name,
-        "file": None if file is None else _described(Path(file)),
+        "name": origin["file"] if origin else "",
+        "file": origin,
         "dyn": dyn,
         "is_depth": isinstance(dyn.plan, DepthPlan),
         "plan": dyn.plan.to_json(),
@@ -215,12 +216,6 @@ def _calibration(stored: Mapping[str, Any] | None) -> Calibration | None:
         return None if stored is None else Calibration.from_dict(stored)
     except FormatError:
         return None
-
-
-def _described(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
 
 
 def _flat(made_by: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
