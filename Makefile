@@ -81,14 +81,17 @@ faults: $(STAMP) ## Interruptions at every line of the writing and at hundreds o
 		tests/test_faults.py tests/test_interruptions.py tests/test_determinism.py \
 		tests/test_training_faults.py
 
-demo: $(STAMP) ## Train, compile, fine-tune, calibrate and evaluate a small network, in about two minutes
+demo: $(STAMP) ## Train, compile, train stages, calibrate and evaluate a small network, in about two minutes
 	@mkdir -p $(DEMO)
 	$(BIN)/python -m examples.digits train --output $(DEMO)/model.pt
 	$(BIN)/s2d-compile $(DEMO)/model.pt --arch examples.digits:build \
 		--splits examples/digits.json -o $(DEMO)/dyn.pt
-	$(BIN)/python -m examples.digits finetune $(DEMO)/dyn.pt --output $(DEMO)/dyn-tuned.pt
-	$(BIN)/python -m examples.digits eval $(DEMO)/model.pt $(DEMO)/dyn.pt $(DEMO)/dyn-tuned.pt
-	$(BIN)/s2d calibrate $(DEMO)/dyn-tuned.pt --data examples.digits:dataset \
+	$(BIN)/s2d train $(DEMO)/dyn.pt --data examples.digits:dataset --split train --epochs 60 \
+		--batch-size 64 --optimizer adamw --lr 0.005 --schedule one-cycle --crop-padding 1 \
+		--teacher $(DEMO)/model.pt --arch examples.digits:build --temperature 2 \
+		--resume never -o $(DEMO)/dyn-trained.pt
+	$(BIN)/python -m examples.digits eval $(DEMO)/model.pt $(DEMO)/dyn.pt $(DEMO)/dyn-trained.pt
+	$(BIN)/s2d calibrate $(DEMO)/dyn-trained.pt --data examples.digits:dataset \
 		--split 'test[:225]' --target drop=3% --confidence 0.95 -o $(DEMO)/dyn-calibrated.pt
 	$(BIN)/s2d eval $(DEMO)/dyn-calibrated.pt --data examples.digits:dataset \
 		--split 'test[225:]' --plot $(DEMO)/trade-off.png

@@ -5,14 +5,15 @@ package. ``make demo`` runs the four steps; by hand they are::
 
     python -m examples.digits train --output model.pt
     s2d-compile model.pt --arch examples.digits:build --splits examples/digits.json -o dyn.pt
-    python -m examples.digits finetune dyn.pt --output dyn-tuned.pt
-    python -m examples.digits eval model.pt dyn.pt dyn-tuned.pt
+    s2d train dyn.pt --data examples.digits:dataset --split train --crop-padding 1 \\
+        --epochs 60 --batch-size 64 --optimizer adamw --lr 0.005 --schedule one-cycle \\
+        --teacher model.pt --arch examples.digits:build --temperature 2 -o trained.pt
+    python -m examples.digits eval model.pt dyn.pt trained.pt
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,8 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import s2d_compiler
-from s2d_compiler import DynamicModel
+from s2d_compiler import DynamicModel, Recipe
+from s2d_compiler.training import History
 
 SEED = 0
 HELD_OUT = 450  # of 1797 images: a quarter, which training never sees
@@ -126,48 +128,23 @@ def dataset(split: str = "test") -> TensorDataset:
     return TensorDataset(digits.images, digits.labels)
 
 
-def jitter(images: Tensor) -> Tensor:
-    """Move a batch (N, C, H, W) by up to one pixel each way: digits stay what they are."""
-    rows, columns = torch.randint(3, (2,)).tolist()
-    height, width = images.shape[-2:]
-    return F.pad(images, (1, 1, 1, 1))[..., rows : rows + height, columns : columns + width]
-
-
 # Training and measuring
 
 
-def joint_loss(outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Add up the cross entropies of all stages, so that every exit learns to answer.
-
-    Source: S2DNAS, section 3.3 (with equal weights).
-    """
-    return torch.stack([F.cross_entropy(logits, labels) for logits in outputs]).sum()
-
-
-def fit(
-    model: nn.Module,
-    loss: Callable[..., Tensor],
-    *,
-    learning_rate: float,
-    epochs: int,
-    max_steps: int | None = None,
-) -> float:
-    """Train a model in place on the training digits and return the loss of the last step."""
+def fit(model: nn.Module, epochs: int = EPOCHS, lr: float = 1e-2) -> History:
+    """Train a model in place on the training digits, moved by up to a pixel each way."""
     digits, _ = load_data()
-    steps = epochs * (len(digits) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    value = torch.tensor(float("nan"))
-    model.train()
-    for _ in range(steps if max_steps is None else min(steps, max_steps)):
-        batch = digits[torch.randint(len(digits), (BATCH,))]
-        value = loss(model(jitter(batch.images)), batch.labels)
-        optimizer.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    model.eval()
-    return value.item()
+    recipe = Recipe(
+        epochs=epochs,
+        batch_size=BATCH,
+        optimizer="adamw",
+        lr=lr,
+        weight_decay=1e-2,
+        schedule="one-cycle",
+        crop_padding=1,
+        seed=SEED,
+    )
+    return s2d_compiler.fit(model, (digits.images, digits.labels), recipe)
 
 
 @torch.no_grad()
@@ -186,7 +163,7 @@ def comparison(static: nn.Module, before: DynamicModel, after: DynamicModel) -> 
         title=f"Cost per image, and the share of {len(held_out)} held-out digits got right"
     )
     table.add_column("stage")
-    for header in ("MACs", "cumulative MACs", "share", "as compiled", "fine-tuned"):
+    for header in ("MACs", "cumulative MACs", "share", "as compiled", "trained"):
         table.add_column(header, justify="right")
     cost = after.cost
     rows = zip(cost.stages, stage_accuracies(before), stage_accuracies(after), strict=True)
@@ -211,28 +188,16 @@ def train(*, output: Output = Path("model.pt"), epochs: int = EPOCHS) -> None:
     """Train the static network and save its state dict."""
     torch.manual_seed(SEED)
     model, start = build(), time.perf_counter()
-    fit(model, F.cross_entropy, learning_rate=1e-2, epochs=epochs)
+    fit(model, epochs)
     (accuracy,) = stage_accuracies(model)
     torch.save(model.state_dict(), output)
     seconds = time.perf_counter() - start
     console.print(f"{output}: {accuracy:.1%} of held-out digits right, after {seconds:.0f} s")
 
 
-@app.command
-def finetune(dyn: Path, /, *, output: Output = Path("dyn-tuned.pt"), epochs: int = EPOCHS) -> None:
-    """Train all stages of a compiled network together and save it."""
-    torch.manual_seed(SEED)
-    model, start = s2d_compiler.load(dyn), time.perf_counter()
-    fit(model, joint_loss, learning_rate=5e-3, epochs=epochs)
-    model.save(output)
-    accuracies = ", ".join(f"{accuracy:.1%}" for accuracy in stage_accuracies(model))
-    seconds = time.perf_counter() - start
-    console.print(f"{output}: stages get {accuracies} right, after {seconds:.0f} s")
-
-
 @app.command(name="eval")
 def evaluate(model: Path, before: Path, after: Path, /) -> None:
-    """Print the stage table: costs, and accuracies before and after fine-tuning."""
+    """Print the stage table: costs, and accuracies before and after training."""
     static = build()
     static.load_state_dict(torch.load(model, weights_only=True))
     console.print(comparison(static, s2d_compiler.load(before), s2d_compiler.load(after)))
