@@ -93,21 +93,23 @@ class Halves:
             answers=answers,
         )
 
-    def as_accurate_as(self, other: NDArray[np.bool_]) -> Chosen:
+    def as_accurate_as(self, other: NDArray[np.bool_]) -> Chosen | None:
         """The cheapest thresholds that are as accurate as another network on the half that chooses.
 
         Args:
             other: (n,) whether the other network is right.
+
+        Returns:
+            None where no thresholds are, on either half.
         """
+        needed = [float(other[rows].mean()) for rows in self.halves]
+        if any(f[-1].accuracy < least for f, least in zip(self.frontiers, needed, strict=True)):
+            return None
 
-        def cheapest(target: float) -> Choice:
-            def choice(points: Sequence[Point]) -> Point:
-                good = [point for point in points if point.accuracy >= target]
-                return good[0] if good else points[-1]
+        def cheapest(least: float) -> Choice:
+            return lambda points: next(point for point in points if point.accuracy >= least)
 
-            return choice
-
-        return self.chosen([cheapest(float(other[rows].mean())) for rows in self.halves])
+        return self.chosen([cheapest(least) for least in needed])
 
 
 def reward(points: Sequence[Point]) -> Point:
