@@ -42,7 +42,7 @@ def main(
     rows: Annotated[Sequence[str], Parameter(consume_multiple=True)] = (),
     epochs: int = 15,
     lr: float = 0.2,
-    start_lr: float = 0.1,
+    start_lr: float = 0.05,
     precision: str = "bfloat16",
     threads: int = 1,
     device: str = "cpu",

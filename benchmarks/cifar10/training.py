@@ -63,6 +63,7 @@ def train(row: Row, work: Work, console: Console) -> None:
     assert start is not None
     dyn = transform(start, row.plan)
     recipe = _recipe(row, work)
+    holds_teacher = row.plan.get("final") == "original"  # the last stage is the static network
     training, held_out = _open(work)
     history = fit(
         dyn,
@@ -70,7 +71,7 @@ def train(row: Row, work: Work, console: Console) -> None:
         recipe,
         validation=held_out,
         preprocessing=PREPROCESSING,
-        teacher=teacher if row.has_teacher else None,
+        teacher=teacher if row.has_teacher and not holds_teacher else None,
         original=start if row.group == "staged" else None,
         checkpoint=work.folder / f"{row.name}.checkpoint",
         on_progress=_Printed(row.name, console),
