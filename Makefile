@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 # One test process per core, and one thread in each: the tests mostly trace graphs in Python.
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
-.PHONY: help venv lint test fuzz mutants zoo zoo-table errors-page tutorial calibration compile-time timing faults demo clean
+.PHONY: help venv lint test fuzz mutants zoo zoo-table errors-page tutorial calibration cifar10 compile-time timing faults demo clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -63,6 +63,10 @@ tutorial: $(STAMP) ## Run the commands of docs/tutorial.md, and fill in what the
 calibration: $(STAMP) ## The figures of docs/calibration.md: brute force, time, broken promises (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.calibration solve
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.calibration promises
+
+cifar10: $(STAMP) ## docs/cifar10.md: train every row (hours; goes on where it stopped): make cifar10 DATA=cifar10:/data
+	@test -n "$(DATA)" || { echo "Name the images: make cifar10 DATA=cifar10:/data" >&2; exit 1; }
+	$(BIN)/python -m benchmarks.cifar10 --data $(DATA)
 
 compile-time: $(STAMP) ## docs/compile-time.md: the compiler's own time and memory, beside Torch-Pruning
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]' --constraint constraints.txt
