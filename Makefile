@@ -18,7 +18,7 @@ PYTEST_FLAGS ?= -n auto --maxprocesses 8
 .DELETE_ON_ERROR:
 
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## Create .venv and install this project with the tested versions
 
