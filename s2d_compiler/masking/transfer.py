@@ -144,7 +144,7 @@ def freeze_as(weights: Weights, dyn: DynamicModel) -> None:
         if takes.setdefault(id(whole), part.requires_grad) != part.requires_grad:
             raise UsageError(
                 f"{key} of the staged network has requires_grad={part.requires_grad}, and another "
-                f"slice of {where.source!r} has not, while the masked form has one tensor for "
+                f"slice of {where.source!r} differs, while the masked form has one tensor for "
                 "both; train this network in its staged form."
             )
         whole.requires_grad_(part.requires_grad)

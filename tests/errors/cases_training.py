@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from s2d_compiler import Recipe, cli, fit
+from s2d_compiler import Recipe, cli, fit, masked
 from s2d_compiler.commands import running
 from s2d_compiler.errors import (
     CheckpointError,
@@ -24,6 +24,7 @@ from s2d_compiler.errors import (
     TrainingDivergedError,
     UsageError,
 )
+from s2d_compiler.masking.transfer import freeze_as
 from s2d_compiler.training import checkpoints
 from s2d_compiler.training.distributed import Processes, joined
 from tests.errors.case import Case
@@ -155,11 +156,13 @@ def sharing_modules(folder: Path) -> object:
     return fit(model, samples(), SHORT, teacher=model)
 
 
-def partly_frozen() -> nn.Module:
-    """A staged network one of whose slices of a parameter takes no gradient."""
+def frozen_in_part(folder: Path) -> object:
+    """One of the slices of a parameter takes no gradient."""
     dyn = staged()
     dyn.get_parameter("stages.1.0.weight").requires_grad_(False)
-    return dyn
+    form = masked(network(), dyn.plan, (torch.zeros(1, 3, 8, 8),))  # type: ignore[arg-type]
+    freeze_as(form._weights(), dyn)
+    return form
 
 
 def with_fixed_batch() -> nn.Module:
@@ -270,10 +273,9 @@ CASES: dict[str, Case] = {
         model=lambda: nn.Sequential(nn.Conv2d(3, 8, 8), nn.BatchNorm2d(8), nn.Flatten()),
         recipe=SHORT.changed(batch_size=1),
     ),
-    "a parameter that is frozen in part": fitting(
-        "stages.1.0.weight", "requires_grad=False", "one tensor for both", "give the original",
-        model=partly_frozen, original=network(), error=UsageError,
-        recipe=SHORT.changed(form="masked"),
+    "a parameter that is frozen in part": Case(
+        frozen_in_part, UsageError,
+        "stages.1.0.weight", "requires_grad=False", "one tensor for both", "in its staged form",
     ),
     "a fixed batch": fitting(
         "batch_size", "8", "batches of 16 only", "set it to that", model=with_fixed_batch,
