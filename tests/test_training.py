@@ -11,13 +11,15 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2d_compiler import Recipe, fit, masked
 from s2d_compiler.data import Preprocessing
+from s2d_compiler.errors import DataError
 from s2d_compiler.runtime import MacsBudget, StageTimings, Thresholds, Timings
 from s2d_compiler.training.feeding import as_data
+from s2d_compiler.training.losses import JointLoss
 from tests.training import (
     SHORT,
     Stop,
@@ -223,6 +225,76 @@ def test_each_setting_has_an_effect(changes: dict[str, Any]) -> None:
 @cache
 def plain() -> nn.Module:
     return trained(compiled())
+
+
+@pytest.mark.parametrize("form", ["staged", "masked"])
+def test_what_is_frozen_stays_frozen(form: str) -> None:
+    """Whatever the original's and the teacher's parameters take."""
+    original, taught = network(), network(2).requires_grad_(False)
+    dyn = staged(original)
+    for name, parameter in dyn.named_parameters():
+        parameter.requires_grad_(".0." not in name.partition(".")[2])
+    assert len({p.requires_grad for p in dyn.parameters()}) == 2
+    original.requires_grad_(False)
+    after = trained(dyn, SHORT.changed(form=form), original=original, teacher=taught)
+    pairs = zip(dyn.parameters(), after.parameters(), strict=True)
+    assert all(torch.equal(a, b) != a.requires_grad for a, b in pairs)
+
+
+def test_adaptive_weights_stay_finite_where_a_loss_comes_to_nothing() -> None:
+    loss = JointLoss(None, 0.0, 1.0, 0.0)
+    assert loss.weights_for([0.5, 2.0, 1.0]) == (2.0, 0.5, 1.0)
+    for few in ([0.0, 1.0], [-1e-9, 1.0], [0.0, 0.0], [-1e-9, -1e-9], [0.0], [-1e-9]):
+        weights = loss.weights_for(few)
+        assert weights[-1] == 1
+        assert all(0 <= weight <= 1e3 for weight in weights)
+    logits = torch.tensor([[60.0, 0.0]], requires_grad=True)
+    worse = torch.tensor([[-1.0, 0.0]], requires_grad=True)
+    each = loss.of_stages([logits, worse], torch.tensor([0]), None)
+    assert each[0] == 0
+    weights = loss.weights_for([value.item() for value in each])
+    torch.stack(
+        [weight * value for weight, value in zip(weights, each, strict=True)]
+    ).sum().backward()
+    assert logits.grad is not None
+    assert bool(logits.grad.isfinite().all())
+
+
+class Volumes(nn.Module):
+    """Weights of five dimensions, which channels_last is not for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv3d(1, 4, 3, padding=1), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.fc(self.conv(x[:, None]).mean((2, 3, 4)))
+        return result
+
+
+def test_weights_of_five_dimensions_are_trained() -> None:
+    model = Volumes().eval()
+    assert not same(model, trained(model))
+
+
+def test_a_refusal_leaves_the_network_as_it_was() -> None:
+    model = network().train().to(memory_format=torch.channels_last)
+    model[1].eval()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = weights(model)
+    with pytest.raises(DataError, match="the label"):
+        fit(model, (samples()[0], samples()[1] + 9), SHORT)
+    assert all(map(torch.equal, before, weights(model)))
+    assert [module.training for module in model[:3]] == [True, False, True]
+    assert all(p.grad is not None for p in model.parameters())
+    assert model[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("labels", [torch.rand(96), torch.eye(96).long(), torch.tensor(1), ["a"]])
+def test_labels_are_one_whole_number_per_image(labels: Any) -> None:
+    with pytest.raises(DataError, match=r"data: .*(whole numbers of shape|no dense tensor)"):
+        fit(network(), (samples()[0], labels), SHORT)
 
 
 def test_memory_format_is_the_networks_while_it_is_trained() -> None:

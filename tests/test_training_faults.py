@@ -239,6 +239,26 @@ def _places(value: Any, *path: Any) -> Any:
 WRONG = [None, "text", -1, 10**9, 0.5, [], {}, torch.ones(2), [[]], {"a": 1}]
 
 
+def test_what_was_frozen_and_what_chose_are_part_of_a_training(tmp_path: Path) -> None:
+    recipe, path = SHORT.changed(keep="best"), tmp_path / "c"
+    first, other = samples(), samples(48)
+
+    def stopped(freeze: bool, validation: Any) -> None:
+        model = network()
+        model[0].requires_grad_(not freeze)
+        fit(model, samples(), recipe, checkpoint=path, checkpoint_steps=1, validation=validation,
+            on_progress=stopping(3))  # fmt: skip
+
+    with pytest.raises(Stop):
+        stopped(True, first)
+    with pytest.raises(CheckpointError, match="other parameters were frozen"):
+        stopped(False, first)
+    with pytest.raises(CheckpointError, match="other validation data"):
+        stopped(True, other)
+    with pytest.raises(Stop):
+        stopped(True, first)
+
+
 def test_whatever_is_changed_in_a_checkpoint_is_refused(checkpoint: Path) -> None:
     """Every value in it replaced by others, every key left out: refused, or of no effect."""
     good = read_checkpoint(checkpoint)

@@ -130,6 +130,26 @@ def take_from(weights: Weights, dyn: DynamicModel) -> None:
             whole.copy_(taken[id(whole)])
 
 
+def freeze_as(weights: Weights, dyn: DynamicModel) -> None:
+    """Let the masked form's parameters take gradients where a staged network's do.
+
+    Raises:
+        UsageError: Slices of one parameter differ in that, or the network is of another model.
+    """
+    takes: dict[int, bool] = {}
+    for key, where, whole in _pairs(weights, dyn):
+        part = read(dyn, key)
+        if not isinstance(part, nn.Parameter):
+            continue
+        if takes.setdefault(id(whole), part.requires_grad) != part.requires_grad:
+            raise UsageError(
+                f"{key} of the staged network has requires_grad={part.requires_grad}, and another "
+                f"slice of {where.source!r} differs, while the masked form has one tensor for "
+                "both; train this network in its staged form."
+            )
+        whole.requires_grad_(part.requires_grad)
+
+
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 

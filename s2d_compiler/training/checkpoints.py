@@ -73,6 +73,8 @@ _WHAT = {
     "teacher": "another teacher, or none",
     "form": "another form of the network",
     "processes": "another number of processes",
+    "frozen": "a network in which other parameters were frozen",
+    "validation": "other validation data",
 }
 
 
@@ -95,7 +97,9 @@ def require_same_run(path: str, found: Any, run: Mapping[str, Any]) -> None:
         for name, value in run["recipe"].items()
         if recipe.get(name) != value
     ]
-    differing += [f"it is of {what}" for key, what in _WHAT.items() if there.get(key) != run[key]]
+    differing += [
+        f"it is of {what}" for key, what in _WHAT.items() if there.get(key) != run.get(key)
+    ]
     if differing:
         raise CheckpointError(
             f"{path}: {differing[0]}, and a training goes on only as it began; give what it began "

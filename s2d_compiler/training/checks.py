@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -18,22 +19,29 @@ from s2d_compiler.training.trainees import Trainee
 __all__ = [
     "count_classes",
     "device_of",
+    "evaluating",
     "preprocessing_for",
+    "require_other",
     "require_precision",
     "require_shapes",
+    "require_validation",
     "share_of_distillation",
     "usable_labels",
     "weights_of_stages",
 ]
 
 
-def device_of(network: nn.Module) -> torch.device:
+def device_of(network: nn.Module, parameters: Iterable[nn.Parameter]) -> torch.device:
     """Where a network is.
+
+    Args:
+        network: The network.
+        parameters: Those of its parameters that training may change.
 
     Raises:
         UsageError: It has nothing to train.
     """
-    first = next((p for p in network.parameters() if p.requires_grad), None)
+    first = next((p for p in parameters if p.requires_grad), None)
     if first is None:
         raise UsageError(
             f"network: a {type(network).__name__} without a parameter that takes a gradient, and "
@@ -42,12 +50,19 @@ def device_of(network: nn.Module) -> torch.device:
     return first.device
 
 
-def require_precision(recipe: Recipe, device: torch.device) -> None:
-    """Refuse half precision where small gradients would be lost.
+def require_precision(network: nn.Module, recipe: Recipe, device: torch.device) -> None:
+    """Refuse half precision where small gradients, or small steps, would be lost.
 
     Raises:
-        UsageError: float16 elsewhere than on a GPU.
+        UsageError: float16 elsewhere than on a GPU, or weights in half precision.
     """
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise UsageError(
+                f"network: {name} is {str(parameter.dtype)[6:]}, and weights that are trained are "
+                "float32 or float64, or small steps are lost; call network.float(), and set the "
+                "recipe's precision, in which forward passes compute"
+            )
     if recipe.precision == "float16" and device.type != "cuda":
         raise UsageError(
             f"recipe: precision is float16 and the device {device.type}, where gradients are not "
@@ -104,6 +119,36 @@ def require_shapes(
             f"batches of {call.batch} only; give a multiple of that"
         )
     return shape
+
+
+def require_validation(recipe: Recipe, validation: Data | None) -> None:
+    """Refuse to keep the best epoch where nothing says which that is.
+
+    Raises:
+        UsageError: There is nothing to validate with.
+    """
+    if recipe.keep == "best" and validation is None:
+        raise UsageError(
+            "recipe: keep is best, and there is no validation data to tell which epoch that is; "
+            "give some, or keep the last"
+        )
+
+
+def require_other(trainee: Trainee, teacher: nn.Module | None) -> None:
+    """Require a teacher that training does not change.
+
+    Raises:
+        UsageError: It has parameters that are trained.
+    """
+    if teacher is None:
+        return
+    trained = {id(parameter): name for name, parameter in trainee.parameters().items()}
+    for parameter in teacher.parameters():
+        if name := trained.get(id(parameter)):
+            raise UsageError(
+                f"teacher: its parameters are the network's own ({name} is trained), and a teacher "
+                "stays as it is; give a copy (copy.deepcopy)"
+            )
 
 
 def usable_labels(data: Data, recipe: Recipe, is_taught: bool) -> Tensor | None:
@@ -178,6 +223,18 @@ def weights_of_stages(recipe: Recipe, trained: int) -> tuple[float, ...] | None:
     return recipe.stage_weights or (1.0,) * trained
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode in the block, and as it was after it, module by module."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def count_classes(
     trainee: Trainee,
     teacher: nn.Module | None,
@@ -191,13 +248,12 @@ def count_classes(
         DataError: The network does not take them, or stages or teacher tell others apart.
     """
     batch = 1 if trainee.call is None else trainee.call.batch or 1
-    trainee.network.eval()
     found: list[int] = []
     for some in data:
         image = preprocessing(some.image(0), some.place(0))
         inputs = torch.stack([image] * batch).to(device)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(trainee.network):
                 found += [logits.shape[1] for logits in trainee.logits(inputs)]
                 if teacher is not None:
                     found.append(trainee.read(teacher(inputs), len(inputs)).shape[1])

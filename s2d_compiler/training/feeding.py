@@ -15,11 +15,12 @@ from s2d_compiler.data import Data, Preprocessing
 from s2d_compiler.data.loading import _require_shape
 from s2d_compiler.data.sources import Arrays
 from s2d_compiler.errors import DataError, UsageError
+from s2d_compiler.memory import let_through
 from s2d_compiler.training.augmentation import augment, draws_of
 from s2d_compiler.training.distributed import Processes
 from s2d_compiler.training.recipe import Recipe
 
-__all__ = ["Feed", "as_data"]
+__all__ = ["Feed", "as_data", "fingerprint"]
 
 
 class Feed:
@@ -151,14 +152,19 @@ class Feed:
 
     def fingerprint(self) -> str:
         """A hash by which a checkpoint knows the data again, whatever they are called."""
-        digest = hashlib.sha256(f"{len(self.data)} {self.preprocessing}".encode())
-        if self.labels is not None:
-            digest.update(self.labels.cpu().numpy().tobytes())
-        for index in sorted({0, len(self.data) // 2, len(self.data) - 1}):
-            image = self.data.image(index).contiguous()
-            digest.update(f"{tuple(image.shape)} {image.dtype}".encode())
-            digest.update(image.cpu().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.data, self.labels, self.preprocessing)
+
+
+def fingerprint(data: Data, labels: Tensor | None, how: Preprocessing | str = "") -> str:
+    """A hash of number, labels, preprocessing and some of the images."""
+    digest = hashlib.sha256(f"{len(data)} {how}".encode())
+    if labels is not None:
+        digest.update(labels.cpu().numpy().tobytes())
+    for index in sorted({0, len(data) // 2, len(data) - 1}):
+        image = data.image(index).contiguous()
+        digest.update(f"{tuple(image.shape)} {image.dtype}".encode())
+        digest.update(image.cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _size(image: Tensor) -> str:
@@ -172,7 +178,7 @@ def as_data(given: Any, name: str) -> Data:
         UsageError: It is neither.
         DataError: The arrays are no images, or no labels.
     """
-    from s2d_compiler.data.arrays import _images
+    from s2d_compiler.data.arrays import _images, _labels
 
     if isinstance(given, Data):
         return given
@@ -181,20 +187,38 @@ def as_data(given: Any, name: str) -> Data:
             f"{name}: a {type(given).__name__} is neither data nor a pair of images and labels; "
             "give what open_data returns, or (images, labels)"
         )
-    images, labels = (None if part is None else torch.as_tensor(part) for part in given)
+    images, labels = (None if part is None else _tensor(part, name) for part in given)
     if images is None:
         raise DataError(
             f"{name}: the images are None, and there must be some; give (images, labels)"
         )
     if labels is None:
         labels = torch.full((len(images),), -1)
+    else:
+        labels = _labels(labels.numpy(force=True), f"{name}: labels")
     if len(labels) != len(images):
         raise DataError(
             f"{name}: {len(images)} images and {len(labels)} labels, and each image has one; give "
             "as many of the one as of the other"
         )
     if images.dim() == 4 and (images.dtype == torch.uint8 or images.is_floating_point()):
-        found = images if images.shape[3] not in (1, 3) else _images(images.numpy(), name)
+        found = images.detach()
+        if images.shape[3] in (1, 3):
+            found = _images(images.numpy(force=True), name)
     else:
-        found = _images(images.numpy(), name)
-    return Arrays(name, found, labels.long())
+        found = _images(images.numpy(force=True), name)
+    return Arrays(name, found, labels)
+
+
+def _tensor(given: Any, name: str) -> Tensor:
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        let_through(error)
+        found = None
+    if found is None or not found.dim() or found.layout != torch.strided or found.is_meta:
+        raise DataError(
+            f"{name}: a {type(given).__name__} that is no dense tensor of one number or more per "
+            "image stands where images or labels belong; give tensors or arrays of numbers"
+        )
+    return found

@@ -6,7 +6,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from s2d_compiler.output import check_writable
 from s2d_compiler.runtime.policies import thresholds_of
 from s2d_compiler.training import checkpoints, checks, forms
 from s2d_compiler.training.distributed import Processes
-from s2d_compiler.training.feeding import Feed, as_data
+from s2d_compiler.training.feeding import Feed, as_data, fingerprint
 from s2d_compiler.training.history import History, Progress
 from s2d_compiler.training.loop import Batches, Loop
 from s2d_compiler.training.losses import JointLoss
@@ -85,8 +85,9 @@ def fit(
     """
     recipe = recipe or Recipe()
     path = None if checkpoint is None else os.fspath(checkpoint)
-    place = torch.device(device) if device is not None else checks.device_of(network)
-    checks.require_precision(recipe, place)
+    own = checks.device_of(network, network.parameters())
+    place = own if device is None else torch.device(device)
+    checks.require_precision(network, recipe, place)
     if path is not None:
         check_writable(path)
     processes = Processes()
@@ -95,8 +96,11 @@ def fit(
     originals = [module for module in (original, teacher) if module is not None]
     trainees = forms.candidates(network, recipe, originals, place)
     trainee = trainees[0]
+    checks.device_of(network, trainee.parameters().values())
+    checks.require_other(trainee, teacher)
     images = as_data(data, "data")
     held_out = None if validation is None else as_data(validation, "validation")
+    checks.require_validation(recipe, held_out)
     preprocessing = checks.preprocessing_for(network, preprocessing)
     shape = checks.require_shapes(trainee.call, recipe, preprocessing, images, held_out)
     has_last = trainee.frozen is not None
@@ -124,7 +128,7 @@ def fit(
                 classes,
                 _validation(held_out, preprocessing, recipe, shape, place, processes),
                 place,
-                _run(trainee, recipe, feed, teacher if distill else None),
+                _run(trainee, recipe, feed, teacher if distill else None, held_out),
                 processes,
                 is_asked,
                 path,
@@ -133,9 +137,9 @@ def fit(
                 on_progress if processes.is_first else None,
             )
 
-        with _seeded(recipe, place, processes.rank):
+        with _ended(trainees), _seeded(recipe, place, processes.rank):
             loop = forms.faster([loop_of(trainee) for trainee in _begun(trainees, found)])
-        with _seeded(recipe, place, processes.rank):
+        with _ended(trainees), _seeded(recipe, place, processes.rank):
             try:
                 if found is not None:
                     _require_same_start(str(path), found, loop)
@@ -187,8 +191,12 @@ def _begun(trainees: list[Trainee], found: Any) -> list[Trainee]:
     return [trainee for trainee in trainees if trainee.form == form] or trainees
 
 
-def _run(trainee: Trainee, recipe: Recipe, feed: Feed, teacher: nn.Module | None) -> dict[str, Any]:
+def _run(
+    trainee: Trainee, recipe: Recipe, feed: Feed, teacher: nn.Module | None, held_out: Data | None
+) -> dict[str, Any]:
     """What a checkpoint is known by."""
+    frozen = [name for name, p in trainee.network.named_parameters() if not p.requires_grad]
+    chooses = held_out is not None and recipe.keep == "best"
     tensors = checkpoints.tensors_of(trainee.hand_over())
     taught = "" if teacher is None else checkpoints.hash_of(checkpoints.tensors_of(teacher))
     return {
@@ -199,6 +207,8 @@ def _run(trainee: Trainee, recipe: Recipe, feed: Feed, teacher: nn.Module | None
         "teacher": taught,
         "form": trainee.form,
         "processes": feed.processes.count,
+        **({"frozen": frozen} if frozen else {}),
+        **({"validation": fingerprint(held_out, held_out.labels)} if held_out and chooses else {}),
     }
 
 
@@ -217,27 +227,44 @@ def _require_same_start(path: str, found: dict[str, Any], loop: Loop) -> None:
 def _placed(
     networks: list[nn.Module], teacher: nn.Module | None, recipe: Recipe, device: torch.device
 ) -> Iterator[None]:
-    """Networks on the device, in the recipe's memory format; contiguous, evaluating afterwards."""
+    """Networks on the device, in the recipe's memory format; as they were laid out afterwards."""
     last = recipe.memory_format == "channels_last"
     wanted = torch.channels_last if last else torch.contiguous_format
     taught = networks if teacher is None else [*networks, teacher]
-    modes = [] if teacher is None else [(m, m.training) for m in teacher.modules()]
     for module in taught:
         module.to(device=device)
-        module.to(memory_format=wanted)  # type: ignore[call-overload]
-    if teacher is not None:
-        teacher.eval()
+    before = [(tensor, _layout(tensor)) for module in taught for tensor in _images_in(module)]
+    for tensor, _ in before:
+        tensor.data = tensor.data.contiguous(memory_format=wanted)
+    teaching = nullcontext() if teacher is None else checks.evaluating(teacher)
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        with teaching, torch.backends.cudnn.flags(benchmark=False, deterministic=True):
             yield
     finally:
-        for module in taught:
-            module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        for network in networks:
-            network.eval()
-            network.zero_grad(set_to_none=True)
-        for module, mode in modes:
-            module.training = mode
+        for tensor, layout in before:
+            tensor.data = tensor.data.contiguous(memory_format=layout)
+
+
+def _images_in(module: nn.Module) -> list[Tensor]:
+    """Tensors that have a memory format: channels_last is of four dimensions."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return [t for t in tensors if t.dim() == 4 and t.is_floating_point()]
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    last = tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not tensor.is_contiguous() else torch.contiguous_format
+
+
+@contextmanager
+def _ended(trainees: list[Trainee]) -> Iterator[None]:
+    """Networks in evaluation mode, without gradients, after the block."""
+    try:
+        yield
+    finally:
+        for trainee in trainees:
+            trainee.network.eval()
+            trainee.network.zero_grad(set_to_none=True)
 
 
 @contextmanager

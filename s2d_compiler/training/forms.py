@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from s2d_compiler.dynamic import DynamicModel, StagedNetwork
 from s2d_compiler.errors import DataError, S2DError, UsageError
 from s2d_compiler.masking.model import MaskedModel, masked
+from s2d_compiler.masking.transfer import freeze_as
 from s2d_compiler.training.checkpoints import take, tensors_of
 from s2d_compiler.training.loop import Loop
 from s2d_compiler.training.recipe import Recipe
@@ -80,6 +81,7 @@ def _masked(
     form = masked(original, network.plan, (example.to(first.device, first.dtype),))  # type: ignore[arg-type]
     form.to(device, next(network.parameters()).dtype)
     form.load_dynamic(network)
+    freeze_as(form._weights(), network)
     return MaskedTrainee(form, recipe.train_original, network)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s2d_compiler.errors import TrainingDivergedError
+from s2d_compiler.errors import DataError, S2DError, TrainingDivergedError, first_line
 from s2d_compiler.evaluation.evaluating import right_of
+from s2d_compiler.memory import let_through
 from s2d_compiler.training import checkpoints
 from s2d_compiler.training.distributed import Processes
 from s2d_compiler.training.feeding import Feed
@@ -137,11 +138,26 @@ class Loop:
 
     def forward(self, inputs: Tensor, labels: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """The loss of each trained stage, and its logits."""
-        with self._autocast():
+        with self._autocast(), self._explained(inputs):
             outputs = self.trainee.logits(inputs, frozen=self.is_taught_by_last)
             taught = self._taught(inputs, outputs)
         trained = outputs[: len(self.trainee.trained)]
         return self.loss.of_stages(trained, labels, taught), trained
+
+    @contextmanager
+    def _explained(self, inputs: Tensor) -> Iterator[None]:
+        """The network took an image in evaluation mode; training mode may ask for more."""
+        try:
+            yield
+        except S2DError:
+            raise
+        except Exception as error:
+            let_through(error)
+            raise DataError(
+                f"{self.feed.data.name}: batches of shape {tuple(inputs.shape)}, and the network "
+                f"fails with them in training mode ({first_line(error)[:160]}); take batches and "
+                "a network that go together"
+            ) from error
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.recipe.precision == "float32":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,10 @@ from torch.nn import functional as F
 from s2d_compiler.training.recipe import Recipe
 
 __all__ = ["JointLoss", "two_sided"]
+
+
+#: The largest adaptive weight.
+MOST = 1e3
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +58,14 @@ class JointLoss:
     def weights_for(self, losses: Sequence[float]) -> tuple[float, ...]:
         """What each stage's loss is multiplied with, in a batch of these losses.
 
-        The adaptive ones are the last loss divided by each, so that all count the same.
+        The adaptive ones are the last loss divided by each, so that all count the same; at most
+        ``MOST``, as losses come to 0, and by rounding below it.
         """
         if self.weights is not None:
             return self.weights
-        return tuple(losses[-1] / max(loss, sys.float_info.min) for loss in losses)
+        last = max(losses[-1], 0.0)
+        others = [last / loss if MOST * loss > last else MOST for loss in losses[:-1]]
+        return (*others, 1.0)
 
     def _of_stage(self, logits: Tensor, labels: Tensor | None, teacher: Tensor | None) -> Tensor:
         logits = _at_least_float32(logits)

@@ -62,7 +62,8 @@ class Recipe:
         peak: The share of all steps after which one-cycle has its largest rate.
         warmup_steps: Steps over which the rate first rises from 0 along a line.
         stage_weights: What the loss of each stage is multiplied with (alpha of S2DNAS, equation
-            3), 1 for all where empty; or ``"adaptive"``, DDI's C_o / C_i for each batch.
+            3), 1 for all where empty; or ``"adaptive"``, DDI's C_o / C_i for each batch, 1000
+            at most.
         distill: The share of distillation in each stage's loss, the rest being cross entropy with
             the labels. None: 0 without a teacher, 1 without labels, 0.5 with both.
         temperature: What logits are divided by for distillation; the loss is multiplied with its
@@ -79,7 +80,7 @@ class Recipe:
         train_original: Whether the last stage of a plan with ``"final": "original"`` is trained,
             too; it is frozen otherwise.
         keep: The weights at the end: of the ``"last"`` epoch, or of the ``"best"`` one by the mean
-            accuracy of the trained stages on the validation data.
+            accuracy of the trained stages on the validation data, which then must be given.
 
     Raises:
         UsageError: A setting is none.

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from s2d_compiler import Recipe, cli, fit
+from s2d_compiler import Recipe, cli, fit, masked
 from s2d_compiler.commands import running
 from s2d_compiler.errors import (
     CheckpointError,
@@ -23,6 +24,7 @@ from s2d_compiler.errors import (
     TrainingDivergedError,
     UsageError,
 )
+from s2d_compiler.masking.transfer import freeze_as
 from s2d_compiler.training import checkpoints
 from s2d_compiler.training.distributed import Processes, joined
 from tests.errors.case import Case
@@ -101,8 +103,6 @@ def command(words: str, *parts: str, error: Any = UsageError) -> Case:
     """``s2d train`` with these words."""
 
     def trigger(folder: Path) -> object:
-        import numpy
-
         staged().save("dyn.pt")
         pixels, labels = samples()
         numpy.savez("a.npz", images=pixels.numpy(), labels=labels.numpy())
@@ -149,6 +149,20 @@ def two_inputs() -> nn.Module:
     dyn = staged()
     dyn.parts = replace(dyn.parts, input_shapes=dyn.parts.input_shapes * 2)
     return dyn
+
+
+def sharing_modules(folder: Path) -> object:
+    model = network()
+    return fit(model, samples(), SHORT, teacher=model)
+
+
+def frozen_in_part(folder: Path) -> object:
+    """One of the slices of a parameter takes no gradient."""
+    dyn = staged()
+    dyn.get_parameter("stages.1.0.weight").requires_grad_(False)
+    form = masked(network(), dyn.plan, (torch.zeros(1, 3, 8, 8),))  # type: ignore[arg-type]
+    freeze_as(form._weights(), dyn)
+    return form
 
 
 def with_fixed_batch() -> nn.Module:
@@ -237,6 +251,31 @@ CASES: dict[str, Case] = {
     "half precision without a GPU": fitting(
         "precision", "float16", "small ones survive", "take bfloat16", error=UsageError,
         recipe=SHORT.changed(precision="float16"),
+    ),
+    "weights in half precision": fitting(
+        "network: 0.weight", "bfloat16", "are float32 or float64", "call network.float()",
+        model=lambda: network().bfloat16(), error=UsageError,
+    ),
+    "a teacher that is trained": Case(
+        sharing_modules, UsageError,
+        "teacher", "0.weight is trained", "stays as it is", "give a copy",
+    ),
+    "the best epoch of none that was validated": fitting(
+        "recipe: keep", "best", "no validation data", "give some, or keep the last",
+        error=UsageError, recipe=SHORT.changed(keep="best"),
+    ),
+    "images that are no numbers": fitting(
+        "data", "a ndarray", "no dense tensor", "give tensors or arrays",
+        data=(numpy.array([None] * 96), samples()[1]),
+    ),
+    "batches that fail in training alone": fitting(
+        "data", "shape (1, 3, 8, 8)", "Expected more than 1 value per channel", "that go together",
+        model=lambda: nn.Sequential(nn.Conv2d(3, 8, 8), nn.BatchNorm2d(8), nn.Flatten()),
+        recipe=SHORT.changed(batch_size=1),
+    ),
+    "a parameter that is frozen in part": Case(
+        frozen_in_part, UsageError,
+        "stages.1.0.weight", "requires_grad=False", "one tensor for both", "in its staged form",
     ),
     "a fixed batch": fitting(
         "batch_size", "8", "batches of 16 only", "set it to that", model=with_fixed_batch,
