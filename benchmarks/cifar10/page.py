@@ -94,12 +94,16 @@ where it was interrupted; the page is written from the kept records (`benchmarks
 
 The figures are **validation figures**: 45,000 of CIFAR-10's training images train, 5,000 are held
 out; the official test images were not used. Weights are those of the last epoch. Thresholds are
-chosen on one half of the held-out images and measured on the other, both ways, so that no image
-chooses for itself. Within a table all rows have the same number of epochs, batch size,
-augmentation (zero-padded crops, flips) and seed. Rows that start from the static network's weights
+chosen on one half of the held-out images and measured on the other, both ways, so that for
+thresholds no image chooses for itself. Plans were chosen by hand beforehand; the learning rate from
+the static weights and the stages' weights in the loss after five short trials of one plan on the
+held-out images, which favours that plan, by an amount that such trials cannot tell from chance.
+Within a table all rows have the same number of epochs, batch size, augmentation (zero-padded crops,
+flips) and seed. In the loss of networks with several exits the last counts four times as much as
+each of the others, unless a row says otherwise. Rows that start from the static network's weights
 learn with its outputs beside the labels unless they say otherwise; as they profit from its epochs,
-the static network trained on for as many again stands beside them, and the thinner static networks
-learn from the same outputs.
+the static network trained on for as many again stands beside them, and thinner static networks that
+learn from the same outputs, with as many epochs and with twice as many.
 """
 
 

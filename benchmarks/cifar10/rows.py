@@ -37,6 +37,7 @@ class Row:
         starts_static: Whether it starts from the static row's weights, else from scratch.
         has_teacher: Whether it learns from the static row's outputs beside the labels.
         recipe: Settings of the recipe that differ from the others'.
+        times: How many times as many epochs it has.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Row:
     starts_static: bool = False
     has_teacher: bool = False
     recipe: Mapping[str, Any] | None = None
+    times: int = 1
 
     @property
     def needs_static(self) -> bool:
@@ -95,6 +97,8 @@ def rows_of(network: str) -> tuple[Row, ...]:
             **started),
         Row("s2d-table-4", "S2D, plan of S2DNAS's Table 4", "staged", build, _table_4(), **started),
         Row("s2d-3-5", "S2D 3/5, full reuse", "staged", build, _staged([3], "all"), **started),
+        Row("s2d-4-1-3-equal", "S2D 4/1/3, full reuse, stages weighted alike", "staged", build,
+            _staged([4, 5], "all"), recipe={"stage_weights": (1.0, 1.0, 1.0)}, **started),
         Row("s2d-4-1-3-partial", "S2D 4/1/3, stage 3 reads stage 1", "staged", build,
             _staged([4, 5], [[3, 1]]), **started),
         Row("s2d-4-1-3-none", "S2D 4/1/3, no reuse", "staged", build, _staged([4, 5], "none"),
@@ -110,6 +114,11 @@ def rows_of(network: str) -> tuple[Row, ...]:
         Row("s2d-original", "S2D 4 of 8, then the original", "staged", build,
             _staged([4], "none", final="original"), **started),
     ]  # fmt: skip
+    if network == "resnet20":
+        for width in (8, 10):
+            text = f"static, {width} of 16 wide, twice the epochs"
+            rows.append(Row(f"thin-{width}-long", text, "thin", _Thin(width), _static_plan(),
+                            has_teacher=True, times=2))  # fmt: skip
     return tuple(rows)
 
 

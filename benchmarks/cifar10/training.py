@@ -55,14 +55,17 @@ class Work:
 
 def train(row: Row, work: Work, console: Console) -> None:
     """Train a row, unless that is done, and keep what its exits say of the held-out images."""
-    if work.trained(row.name).exists() and (work.results / f"{row.name}.json").exists():
-        return
     teacher = static_model(work) if row.needs_static else None
     torch.manual_seed(work.recipe.seed)
     start = teacher if row.starts_static else row.build()
     assert start is not None
     dyn = transform(start, row.plan)
-    recipe = _recipe(row, work)
+    recipe = _recipe(row, work, len(dyn.stages))
+    about = work.results / f"{row.name}.json"
+    if work.trained(row.name).exists() and about.exists():
+        if _settings(json.loads(about.read_text())["recipe"]) == _settings(recipe.to_dict()):
+            return
+        raise SystemExit(f"{about}: the row was made by another recipe; remove it to make it anew")
     holds_teacher = row.plan.get("final") == "original"  # the last stage is the static network
     training, held_out = _open(work)
     history = fit(
@@ -83,14 +86,23 @@ def train(row: Row, work: Work, console: Console) -> None:
     _keep(row, work, dyn, recipe, history)
 
 
-def _recipe(row: Row, work: Work) -> Recipe:
+def _recipe(row: Row, work: Work, stages: int) -> Recipe:
     settings: dict[str, Any] = dict(row.recipe or {})
     if row.starts_static:
         settings.setdefault("lr", work.start_lr)
     if not row.has_teacher:
         settings["distill"] = 0.0
     settings["form"] = "masked" if row.group == "staged" else "staged"
+    settings["epochs"] = work.recipe.epochs * row.times
+    if row.plan.get("final") != "original":
+        settings.setdefault("stage_weights", (*[0.5] * (stages - 1), 2.0) if stages > 1 else ())
     return replace(work.recipe, **settings)
+
+
+def _settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a difference: all but the form, in which weights are the same but for rounding."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(recipe)))
+    return {key: value for key, value in plain.items() if key != "form"}
 
 
 def _open(work: Work) -> tuple[Any, Any]:
@@ -124,7 +136,6 @@ def _keep(row: Row, work: Work, dyn: DynamicModel, recipe: Recipe, history: Hist
         "parameters": sum(p.numel() for p in dyn.parameters()),
         "recipe": recipe.to_dict(),
         "form": history.form,
-        "seconds": [round(epoch.seconds, 1) for epoch in history.epochs],
         "torch": str(torch.__version__),
         "device": work.device,
     }
