@@ -50,6 +50,14 @@ def test_the_presets_are_table_3(
     assert Recipe.preset(name, epochs=3).epochs == 3
 
 
+def test_fine_tuning_begins_and_ends_gently() -> None:
+    """Trained weights would not survive the rate that S2DNAS begins with."""
+    found = Recipe.preset("fine-tune", batch_size=32)
+    assert (found.optimizer, found.schedule, found.batch_size) == ("adamw", "one-cycle", 32)
+    first, *_, last = [learning_rate(found, step, 100) for step in range(100)]
+    assert last < first < 1e-4
+
+
 # -- learning rates ----------------------------------------------------------------------------
 
 

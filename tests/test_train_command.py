@@ -63,6 +63,21 @@ def test_it_is_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
 
 
+def test_it_says_what_it_did_with_pixels_and_what_comes_next(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels, labels = samples()
+    numpy.savez("b.npz", images=(pixels * 255).clamp(0, 255).byte().numpy(), labels=labels.numpy())
+    words = [word.replace("a.npz", "b.npz") for word in WORDS]
+    assert cli.main(["train", *words, "-o", "t.pt"]) == 0
+    said = capsys.readouterr()
+    assert "no preprocessing is given or stored with the network" in said.err
+    assert "2 epochs; trained" in said.out
+    assert "s2d calibrate t.pt --data" in said.out
+    assert cli.main(["train", *words, "-o", "t.pt", "--mean", "0.5"]) == 0
+    assert "no preprocessing" not in capsys.readouterr().err
+
+
 def test_every_option_of_a_recipe_reaches_it() -> None:
     """A value of each field, other than what it is without the option."""
     given = {

@@ -168,5 +168,6 @@ def _next(dyn: DynamicModel, output: Path) -> str:
         )
     return (
         f"{who}.\nNext: train the stages of a classifier with s2d train {output} --data ... "
-        "(docs/tutorial.md); of another network in Python, with the sum of the stages' losses."
+        "--preset fine-tune (docs/tutorial.md); of another network in Python, with the "
+        "sum of the stages' losses."
     )

@@ -132,6 +132,17 @@ class DataSource:
         given = {name: value for name, value in texts.items() if value is not None}
         return replace(stored or Preprocessing(), **given)
 
+    def warn_of_defaults(self, stored: Preprocessing | None, data: Data) -> None:
+        """Say so where bytes are only scaled, as nothing else is given or stored."""
+        import torch
+
+        is_default = stored is None and self.preprocessing(stored) == Preprocessing()
+        if is_default and len(data) and data.image(0).dtype == torch.uint8:
+            logger.warning(
+                "no preprocessing is given or stored with the network: pixels are only scaled to 0 "
+                "to 1 (--mean, --std, --resize, --crop)"
+            )
+
     def samples(self, dyn: Any, *, labels: bool = True) -> Samples:
         """The images as one network takes them, the first one tried.
 
@@ -142,19 +153,12 @@ class DataSource:
         Raises:
             UsageError, DataError: Options, data and network do not fit together.
         """
-        import torch
-
         from s2d_compiler.data import require_fit
 
         data = self.open(labels=labels)
         stored = dyn.settings.preprocessing
         preprocessing = self.preprocessing(stored)
-        is_bytes = data.image(0).dtype == torch.uint8
-        if stored is None and preprocessing == Preprocessing() and is_bytes:
-            logger.warning(
-                "no preprocessing is given or stored with the network: pixels are only scaled to 0 "
-                "to 1 (--mean, --std, --resize, --crop)"
-            )
+        self.warn_of_defaults(stored, data)
         preprocessing = replace(preprocessing, dtype=_dtype_of(dyn, preprocessing))
         shape = require_fit(data, preprocessing, dyn.parts.input_shapes)
         size: int = dyn.parts.batch or self.batch_size

@@ -28,8 +28,8 @@ class RecipeOptions:
     """How the network is trained. What is not given is as in the preset, or as shown.
 
     Args:
-        preset: A paper's recipe to begin with: s2dnas-resnet, s2dnas-vgg, s2dnas-mobilenet or
-            s2dnas-densenet.
+        preset: A recipe to begin with: fine-tune, for networks compiled from trained weights; or a
+            paper's, from scratch: s2dnas-resnet, s2dnas-vgg, s2dnas-mobilenet, s2dnas-densenet.
         epochs: Passes over the data (200).
         optimizer: sgd or adamw (sgd).
         lr: The largest learning rate (0.1).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,6 +144,8 @@ def train_network(
         images, held_out = data.open(labels=recipe.labels), data.validation()
         models = {file: source.read(file) for file in (teacher, original) if file is not None}
         is_first = _is_first()
+        if is_first:
+            data.warn_of_defaults(staged.settings.preprocessing, images)
         with _keeping_note(path), _reports(log_file, tensorboard, reporting, is_first) as report:
             history = fit(
                 staged,
@@ -247,10 +250,13 @@ def _reports(
 def _result(staged: DynamicModel, history: History, output: Path) -> Result:
     last = history.epochs[history.kept - 1]
     document = {"output": str(output), **history.to_dict()}
+    before = f", {history.resumed} of them before" if history.resumed else ""
+    distilled = f", {history.distill:.0%} distilled" if history.distill else ""
     lines = [
-        f"{len(history.epochs)} epochs, {history.resumed} of them before; trained in the "
-        f"{history.form} form" + (f", {history.distill:.0%} distilled" if history.distill else ""),
+        f"{len(history.epochs)} epochs{before}; trained in the {history.form} form{distilled}",
         f"weights of epoch {history.kept}; written: {output}",
+        f"Next: choose thresholds with s2d calibrate {shlex.quote(str(output))} --data ... "
+        "--target drop=1% -o FILE, on images that it was not trained on.",
     ]
     return Result(document, [_table(staged, last), "\n".join(lines)])
 

@@ -1,6 +1,6 @@
 """Training: all stages together, by a recipe, with checkpoints.
 
-- ``recipe``: ``Recipe``, how a network is trained, and the presets of S2DNAS.
+- ``recipe``: ``Recipe``, how a network is trained, and presets.
 - ``fitting``: ``fit``: checks that network, data and recipe fit, and starts the loop.
 - ``loop``: steps, epochs, and when to stop; ``history``: what they were like.
 - ``losses``, ``schedules``, ``augmentation``: the loss of all stages, learning rates, crops.

@@ -85,7 +85,8 @@ class Recipe:
     Raises:
         UsageError: A setting is none.
 
-    Source: S2DNAS (ICCV 2019 workshop), sections 3.3 and 4.1, and table 3, for the presets.
+    Source: S2DNAS (ICCV 2019 workshop), sections 3.3 and 4.1, and table 3, for the presets of
+        that name.
     """
 
     epochs: int = 200
@@ -176,7 +177,7 @@ class Recipe:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Recipe:
-        """A recipe of a paper, but for what is changed.
+        """A recipe with a name, but for what is changed.
 
         Args:
             name: One of ``PRESETS``.
@@ -243,8 +244,9 @@ def _numbers(name: str, values: Any, rule: str) -> tuple[float, ...]:
 
 _S2DNAS = Recipe(warmup_steps=100, crop_padding=4, flip=True)
 
-#: S2DNAS, section 4.1 and table 3.
+#: For weights that are trained already; and S2DNAS, section 4.1 and table 3, which trains anew.
 PRESETS = {
+    "fine-tune": Recipe(epochs=30, optimizer="adamw", lr=2e-3, schedule="one-cycle"),
     "s2dnas-resnet": _S2DNAS,
     "s2dnas-vgg": replace(_S2DNAS, batch_size=64, weight_decay=5e-4),
     "s2dnas-mobilenet": replace(_S2DNAS, epochs=300),

@@ -179,7 +179,7 @@ CASES: dict[str, Case] = {
     ),
     "a preset": Case(
         lambda folder: Recipe.preset("fast"), UsageError,
-        "preset", "'fast'", "is none of s2dnas-resnet", "give one",
+        "preset", "'fast'", "is none of fine-tune, s2dnas-resnet", "give one",
     ),
     "a field of a recipe": Case(
         lambda folder: Recipe().changed(speed=1), UsageError,
