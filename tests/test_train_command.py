@@ -26,7 +26,10 @@ from s2d_compiler.training.checkpoints import read_checkpoint
 from tests.faults import needs_fork, start, wait
 from tests.training import SHORT, network, same, samples, staged
 
-WORDS = "dyn.pt --data a.npz --epochs 2 --batch-size 16 --crop-padding 1 --flip --lr 0.05".split()
+WORDS = (
+    "dyn.pt --data a.npz --epochs 2 --batch-size 16 --crop-padding 1 --flip --optimizer sgd "
+    "--lr 0.05 --schedule step"
+).split()
 
 
 @pytest.fixture
@@ -81,7 +84,7 @@ def test_it_says_what_it_did_with_pixels_and_what_comes_next(
 def test_every_option_of_a_recipe_reaches_it() -> None:
     """A value of each field, other than what it is without the option."""
     given = {
-        "epochs": 3, "optimizer": "adamw", "lr": 0.5, "momentum": 0.5, "weight_decay": 0.5,
+        "epochs": 3, "optimizer": "sgd", "lr": 0.5, "momentum": 0.5, "weight_decay": 0.5,
         "schedule": "cosine", "milestones": "0.3,0.6", "factor": 0.3, "peak": 0.4,
         "warmup_steps": 7, "stage_weights": "1,2", "distill": 0.7, "temperature": 2.0,
         "label_smoothing": 0.2, "precision": "bfloat16", "clip_norm": 1.5, "crop_padding": 2,
@@ -98,6 +101,9 @@ def test_every_option_of_a_recipe_reaches_it() -> None:
         words = [option, str(value)]
         if type(value) is bool:
             words = [option if value else f"--no-{option[2:]}"]
+        words += {
+            "warmup_steps": ["--schedule", "step"], "nesterov": ["--optimizer", "sgd"]
+        }.get(name, [])  # fmt: skip
         _, bound, _ = app.parse_args(["train", "dyn.pt", "-o", "t.pt", *words])
         recipe = bound.arguments["options"].recipe(None)
         expected = tuple(map(float, value.split(","))) if "," in str(value) else value

@@ -34,7 +34,10 @@ from tests.training import (
 )
 
 TIMINGS = Timings((1,), (StageTimings((1.0,), (2.0,)),) * 3, {"device": "cpu"})
-ONE_STEP = Recipe(epochs=1, batch_size=96, schedule="constant", memory_format="contiguous")
+ONE_STEP = Recipe(
+    epochs=1, batch_size=96, optimizer="sgd", lr=0.1, schedule="constant",
+    memory_format="contiguous",
+)  # fmt: skip
 
 
 def by_hand(model: nn.Module, loss: Any, optimizer: Any) -> nn.Module:
@@ -335,7 +338,7 @@ def test_the_best_epoch_is_kept() -> None:
 def test_a_network_learns_and_its_history_says_so() -> None:
     dyn = staged()
     held_out = samples(50, seed=5)
-    recipe = Recipe(epochs=8, batch_size=16, lr=0.1, schedule="one-cycle")
+    recipe = Recipe(epochs=8, batch_size=16, optimizer="sgd", lr=0.1)
     told: list[Any] = []
     history = fit(dyn, samples(), recipe, validation=held_out, on_progress=told.append)
     assert [e.epoch for e in history.epochs] == list(range(1, 9))
@@ -357,7 +360,7 @@ def test_a_network_learns_and_its_history_says_so() -> None:
 def test_training_accuracy_is_that_of_the_steps() -> None:
     """With a rate too small to change anything, it is the network's own."""
     model = network(norms=False)
-    recipe = Recipe(epochs=1, batch_size=32, lr=1e-12, schedule="constant")
+    recipe = Recipe(epochs=1, batch_size=32, optimizer="sgd", lr=1e-12, schedule="constant")
     (epoch,) = fit(model, samples(), recipe).epochs
     right = (model(samples()[0] / 255).argmax(1) == samples()[1]).double().mean()
     assert epoch.accuracies[0] == pytest.approx(right.item())

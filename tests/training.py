@@ -13,7 +13,9 @@ from s2d_compiler import DynamicModel, Recipe, fit, transform
 
 CLASSES = 4
 PLAN = {"stages": 3, "groups": 8, "default": {"split": [3, 5], "concat": "all"}}
-SHORT = Recipe(epochs=2, batch_size=16, crop_padding=1, flip=True, lr=0.05)
+SHORT = Recipe(
+    epochs=2, batch_size=16, optimizer="sgd", lr=0.05, schedule="step", crop_padding=1, flip=True
+)
 
 
 def network(seed: int = 1, *, norms: bool = True, dropout: float = 0.0) -> nn.Module:

@@ -71,9 +71,9 @@ def main(
     console = Console(width=160)
     if data is not None:
         recipe = Recipe(
-            epochs=epochs, batch_size=128, lr=lr, schedule="one-cycle", weight_decay=5e-4,
-            nesterov=True, peak=0.2, distill=0.7, temperature=4.0, precision=precision,
-            crop_padding=4, flip=True, seed=0,
+            epochs=epochs, batch_size=128, optimizer="sgd", lr=lr, nesterov=True,
+            weight_decay=5e-4, schedule="one-cycle", peak=0.2, distill=0.7, temperature=4.0,
+            precision=precision, crop_padding=4, flip=True, seed=0,
         )  # fmt: skip
         place = Work(network, data, work / network, results / network, recipe, start_lr, device)
         place.folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -75,7 +76,8 @@ def compile_model(
     dyn.save(output)
     document = {"output": str(output), **document_of(dyn), "proof": _proof_document(proof)}
     written = f"written: {output}{_permissions(dyn)}"
-    rest = f"{dyn.report}\n{_proof_line(proof)}\n\n{written}\n{_next(dyn, output)}"
+    following = _next(dyn, output, _teacher(model, source))
+    rest = f"{dyn.report}\n{_proof_line(proof)}\n\n{written}\n{following}"
     return Result(document, [dyn.cost.table(), rest])
 
 
@@ -148,7 +150,12 @@ def _permissions(dyn: DynamicModel) -> str:
     return f" (read it with load(path, {', '.join(needed)}))" if needed else ""
 
 
-def _next(dyn: DynamicModel, output: Path) -> str:
+def _teacher(model: Path, source: ModelSource) -> str:
+    """The original as options of ``s2d train``."""
+    return f"--teacher {shlex.quote(str(model))} {source.as_options()}".rstrip()
+
+
+def _next(dyn: DynamicModel, output: Path, teacher: str) -> str:
     """What the stages are good for as they are, and what to do."""
     from s2d_compiler.depth_plan import DepthPlan
 
@@ -167,7 +174,7 @@ def _next(dyn: DynamicModel, output: Path) -> str:
             f'load("{output}").at_stage(1), and fine-tune; examples/detector_backbone.py shows how.'
         )
     return (
-        f"{who}.\nNext: train the stages of a classifier with s2d train {output} --data ... "
-        "--preset fine-tune (docs/tutorial.md); of another network in Python, with the "
+        f"{who}.\nNext: train the stages of a classifier with s2d train {shlex.quote(str(output))} "
+        f"{teacher} --data ... -o FILE (docs/tutorial.md); of another network in Python, with the "
         "sum of the stages' losses."
     )

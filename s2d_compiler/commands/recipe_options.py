@@ -28,16 +28,17 @@ class RecipeOptions:
     """How the network is trained. What is not given is as in the preset, or as shown.
 
     Args:
-        preset: A recipe to begin with: fine-tune, for networks compiled from trained weights; or a
-            paper's, from scratch: s2dnas-resnet, s2dnas-vgg, s2dnas-mobilenet, s2dnas-densenet.
-        epochs: Passes over the data (200).
-        optimizer: sgd or adamw (sgd).
-        lr: The largest learning rate (0.1).
+        preset: A recipe to begin with: fine-tune, for networks compiled from trained weights, which
+            is what is shown; or a paper's, from scratch: s2dnas-resnet, s2dnas-vgg,
+            s2dnas-mobilenet, s2dnas-densenet.
+        epochs: Passes over the data (30).
+        optimizer: sgd or adamw (adamw).
+        lr: The largest learning rate (0.002).
         momentum: SGD's (0.9).
         nesterov: Nesterov's form of it, or not (not).
         weight_decay: Weight decay (0.0001).
         decay_norms: Whether biases and norms decay, too (they do).
-        schedule: step, cosine, one-cycle or constant (step).
+        schedule: step, cosine, one-cycle or constant (one-cycle).
         milestones: Shares of all steps after which step lowers the rate (0.5,0.75).
         factor: What the rate is multiplied with there (0.1).
         peak: Share of all steps after which one-cycle is at its largest rate (0.3).
@@ -105,8 +106,7 @@ class RecipeOptions:
             changes["milestones"] = _numbers("--milestones", changes["milestones"])
         if changes.get("stage_weights", "adaptive") != "adaptive":
             changes["stage_weights"] = _numbers("--stage-weights", changes["stage_weights"])
-        base = Recipe() if preset is None else Recipe.preset(preset)
-        return base.changed(**changes)
+        return Recipe.preset(preset or "fine-tune").changed(**changes)
 
 
 RECIPE = RecipeOptions()

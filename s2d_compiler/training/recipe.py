@@ -42,7 +42,7 @@ _FLAGS = ("nesterov", "labels", "flip", "decay_norms", "train_original")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a network is trained.
+    """How a network is trained; the defaults are for networks that begin with trained weights.
 
     Args:
         epochs: Passes over the data. Each takes whole batches only: what is left over is another
@@ -89,15 +89,15 @@ class Recipe:
         that name.
     """
 
-    epochs: int = 200
+    epochs: int = 30
     batch_size: int = 128
-    optimizer: str = "sgd"
-    lr: float = 0.1
+    optimizer: str = "adamw"
+    lr: float = 2e-3
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
     decay_norms: bool = True
-    schedule: str = "step"
+    schedule: str = "one-cycle"
     milestones: tuple[float, ...] = (0.5, 0.75)
     factor: float = 0.1
     peak: float = 0.3
@@ -242,11 +242,19 @@ def _numbers(name: str, values: Any, rule: str) -> tuple[float, ...]:
     return tuple(v for v in found if v is not None)
 
 
-_S2DNAS = Recipe(warmup_steps=100, crop_padding=4, flip=True)
+_S2DNAS = Recipe(
+    epochs=200,
+    optimizer="sgd",
+    lr=0.1,
+    schedule="step",
+    warmup_steps=100,
+    crop_padding=4,
+    flip=True,
+)
 
 #: For weights that are trained already; and S2DNAS, section 4.1 and table 3, which trains anew.
 PRESETS = {
-    "fine-tune": Recipe(epochs=30, optimizer="adamw", lr=2e-3, schedule="one-cycle"),
+    "fine-tune": Recipe(),
     "s2dnas-resnet": _S2DNAS,
     "s2dnas-vgg": replace(_S2DNAS, batch_size=64, weight_decay=5e-4),
     "s2dnas-mobilenet": replace(_S2DNAS, epochs=300),
