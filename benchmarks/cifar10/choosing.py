@@ -76,10 +76,9 @@ class Halves:
         """
         exits = np.zeros(len(self.right), dtype=np.int64)
         choices = choice if isinstance(choice, Sequence) else (choice, choice)
-        for own, (rows, frontier) in enumerate(zip(self.halves, self.frontiers, strict=True)):
-            other = self.halves[1 - own]
-            del rows
-            exits[other] = exits_of(self.certainty[other], choices[own](frontier).thresholds)
+        for half, other in ((0, 1), (1, 0)):
+            rows, best = self.halves[other], choices[half](self.frontiers[half])
+            exits[rows] = exits_of(self.certainty[rows], best.thresholds)
         answers: NDArray[np.bool_] = self.right[np.arange(len(exits)), exits]
         stages = len(self.macs)
         left = np.bincount(exits, minlength=stages)
