@@ -22,6 +22,8 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
 }
 #: Where the exits of the baselines along depth stand; the papers do not say where theirs do.
 _DEPTHS = [1 / 3, 2 / 3]
+#: Share of the epochs that ablations have: they are many, and are compared with each other.
+ABLATION = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class Row:
         has_teacher: Whether it learns from the static row's outputs beside the labels.
         recipe: Settings of the recipe that differ from the others'.
         times: How many times as many epochs it has.
+        table: Which table it stands in; all rows of one have the same epochs, but for thin
+            networks that say so.
     """
 
     name: str
@@ -48,7 +52,8 @@ class Row:
     starts_static: bool = False
     has_teacher: bool = False
     recipe: Mapping[str, Any] | None = None
-    times: int = 1
+    times: float = 1.0
+    table: Literal["main", "ablation"] = "main"
 
     @property
     def needs_static(self) -> bool:
@@ -89,37 +94,44 @@ def rows_of(network: str) -> tuple[Row, ...]:
         Row("static", "static", "static", build, _static_plan()),
         Row("static-on", "static, trained on", "static", build, _static_plan(), **started),
         *_thin(network),
-        Row("s2d-4-1-3", "S2D 4/1/3, full reuse", "staged", build, _staged([4, 5], "all"),
-            **started),
         Row("naive", "Naive exits", "depth", build, _depth("linear"), **started),
         Row("branchynet", "BranchyNet exits", "depth", build, _depth("branchynet"), **started),
+        Row("s2d-4-1-3", "S2D 4/1/3, full reuse", "staged", build, _staged([4, 5], "all"),
+            **started),
         Row("s2d-3-2-3", "S2D 3/2/3, full reuse", "staged", build, _staged([3, 5], "all"),
             **started),
         Row("s2d-table-4", "S2D, plan of S2DNAS's Table 4", "staged", build, _table_4(), **started),
-        Row("s2d-3-5", "S2D 3/5, full reuse", "staged", build, _staged([3], "all"), **started),
-        Row("s2d-4-1-3-equal", "S2D 4/1/3, full reuse, stages weighted alike", "staged", build,
-            _staged([4, 5], "all"), recipe={"stage_weights": (1.0, 1.0, 1.0)}, **started),
-        Row("s2d-4-1-3-partial", "S2D 4/1/3, stage 3 reads stage 1", "staged", build,
-            _staged([4, 5], [[3, 1]]), **started),
-        Row("s2d-4-1-3-none", "S2D 4/1/3, no reuse", "staged", build, _staged([4, 5], "none"),
-            **started),
-        Row("s2d-4-1-3-l1", "S2D 4/1/3, full reuse, L1 order", "staged", build,
-            _staged([4, 5], "all", order="l1"), **started),
-        Row("s2d-4-1-3-labels", "S2D 4/1/3, full reuse, no distillation", "staged", build,
-            _staged([4, 5], "all"), starts_static=True),
-        Row("s2d-4-1-3-scratch", "S2D 4/1/3, full reuse, from scratch", "staged", build,
-            _staged([4, 5], "all"), has_teacher=True),
-        Row("s2d-4-1-3-bare", "S2D 4/1/3, full reuse, from scratch, no distillation", "staged",
-            build, _staged([4, 5], "all")),
         Row("s2d-original", "S2D 4 of 8, then the original", "staged", build,
             _staged([4], "none", final="original"), **started),
+        Row("s2d-original-2-2", "S2D 2/2 of 8, full reuse, then the original", "staged", build,
+            _staged([2, 4], [[2, 1]], final="original"), **started),
+        Row("s2d-original-3-2", "S2D 3/2 of 8, full reuse, then the original", "staged", build,
+            _staged([3, 5], [[2, 1]], final="original"), **started),
+        *_ablations(build),
     ]  # fmt: skip
-    if network == "resnet20":
-        for width in (8, 10):
-            text = f"static, {width} of 16 wide, twice the epochs"
-            rows.append(Row(f"thin-{width}-long", text, "thin", _Thin(width), _static_plan(),
-                            has_teacher=True, times=2))  # fmt: skip
     return tuple(rows)
+
+
+def _ablations(build: Callable[[], nn.Module]) -> list[Row]:
+    """One plan, with one thing changed at a time."""
+    plan = _staged([4, 5], "all")
+    rows: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+        ("base", "full reuse, index order, from the static weights, distilled", plan, {}),
+        ("none", "no reuse", _staged([4, 5], "none"), {}),
+        ("partial", "stage 3 reads stage 1", _staged([4, 5], [[3, 1]]), {}),
+        ("l1", "L1 order", _staged([4, 5], "all", order="l1"), {}),
+        ("labels", "no distillation", plan, {"has_teacher": False}),
+        ("scratch", "from scratch", plan, {"starts_static": False}),
+        ("bare", "from scratch, no distillation", plan,
+         {"starts_static": False, "has_teacher": False}),
+        ("equal", "stages weighted alike in the loss", plan,
+         {"recipe": {"stage_weights": (1.0, 1.0, 1.0)}}),
+    ]  # fmt: skip
+    started = {"starts_static": True, "has_teacher": True, "times": ABLATION, "table": "ablation"}
+    return [
+        Row(f"ablation-{name}", text, "staged", build, plan, **{**started, **others})
+        for name, text, plan, others in rows
+    ]
 
 
 def _thin(network: str) -> list[Row]:
@@ -139,6 +151,10 @@ def _thin(network: str) -> list[Row]:
                     has_teacher=has_teacher,
                 )
             )
+    rows.append(
+        Row("thin-10-long", "static, 10 of 16 wide, twice the epochs", "thin", _Thin(10),
+            _static_plan(), has_teacher=True, times=2)
+    )  # fmt: skip
     return rows
 
 

@@ -92,9 +92,11 @@ def _recipe(row: Row, work: Work, stages: int) -> Recipe:
         settings.setdefault("lr", work.start_lr)
     if not row.has_teacher:
         settings["distill"] = 0.0
-    settings["form"] = "masked" if row.group == "staged" else "staged"
-    settings["epochs"] = work.recipe.epochs * row.times
-    if row.plan.get("final") != "original":
+    original_last = row.plan.get("final") == "original"
+    # The original is only run; in the masked form it would be a part of every step.
+    settings["form"] = "masked" if row.group == "staged" and not original_last else "staged"
+    settings["epochs"] = round(work.recipe.epochs * row.times)
+    if not original_last:
         settings.setdefault("stage_weights", (*[0.5] * (stages - 1), 2.0) if stages > 1 else ())
     return replace(work.recipe, **settings)
 
