@@ -41,7 +41,10 @@ def test_rows_can_be_compiled(network: str) -> None:
     assert len({row.name for row in rows}) == len(rows)
     assert rows[0].name == "static"
     assert not rows[0].needs_static
-    for row in rows if network == "resnet20" else rows[-1:]:
+    assert all(row.times == rows[-1].times for row in rows if row.table == "ablation")
+    main = [row for row in rows if row.table == "main"]
+    assert all(row.times == 1 or row.group == "thin" for row in main)
+    for row in rows if network == "resnet20" else main[-1:]:
         dyn = transform(row.build(), row.plan)
         assert len(dyn.stages) == row.plan.get("stages", 3)
 
@@ -113,10 +116,12 @@ def test_budgets_rise() -> None:
 def test_page_is_written_from_what_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "results" / "resnet20"
     folder.mkdir(parents=True)
-    rows = [r for r in rows_of("resnet20") if r.name in ("static", "thin-8", "s2d-4-1-3")]
-    for row in rows:
+    names = ("static", "thin-8", "s2d-4-1-3", "ablation-base", "ablation-l1")
+    for row in (row for row in rows_of("resnet20") if row.name in names):
         stages = int(row.plan["stages"])
-        records(1, stages=stages).save(folder / f"{row.name}.npz")
+        records(2 if row.name == "ablation-l1" else 1, stages=stages).save(
+            folder / f"{row.name}.npz"
+        )
         (folder / f"{row.name}.json").write_text(json.dumps(about(row, MACS[-stages:])))
     page = tmp_path / "cifar10.md"
     write_page(tmp_path / "results", page, Console(quiet=True))
@@ -126,7 +131,40 @@ def test_page_is_written_from_what_is_kept(tmp_path: Path) -> None:
     line = next(line for line in text.splitlines() if line.startswith("| static |"))
     assert f"| {accuracy:.2f} |" in line
     assert "+0.00 ± 0.00" in line
-    assert text.count("| S2D 4/1/3, full reuse |") == 2
+    assert text.count("| S2D 4/1/3, full reuse |") == 3
+    main, ablation = text.split("### ResNet-20: one plan, one thing changed at a time")
+    assert "L1 order" not in main
+    assert "| full reuse, index order, from the static weights, distilled | 10.0, 20.0, 40.0 |" \
+        in ablation  # fmt: skip
+    line = next(line for line in ablation.splitlines() if line.startswith("| L1 order |"))
+    gain = 100 * (records(2).right[:, -1].mean() - records(1).right[:, -1].mean())
+    assert f"| {gain:+.2f} ± " in line
+
+
+def test_page_says_what_equal_accuracy_costs(tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "resnet20"
+    folder.mkdir(parents=True)
+    for name, stages in (("static", 1), ("thin-8", 1), ("s2d-4-1-3", 3)):
+        row = next(row for row in rows_of("resnet20") if row.name == name)
+        found = records(1, stages=3)
+        if stages == 1:  # as right as the middle exit, and as one that nothing reaches
+            right = found.right[:, 1] if name == "thin-8" else np.ones(600, dtype=bool)
+            found = Records(
+                labels=found.labels,
+                predictions=np.where(right, found.labels, (found.labels + 1) % 10)[:, None],
+                measures={key: value[:, :1] for key, value in found.measures.items()},
+                classes=10, network="0" * 64, data="made up",
+            )  # fmt: skip
+        found.save(folder / f"{name}.npz")
+        (folder / f"{name}.json").write_text(json.dumps(about(row, MACS[-stages:])))
+    page = tmp_path / "cifar10.md"
+    write_page(tmp_path / "results", page, Console(quiet=True))
+    lines = page.read_text().split("Million MACs at equal accuracy")[1].splitlines()
+    assert lines[2] == "| network | static: 40.0 | static, 8 of 16 wide: 40.0 |"
+    staged = records(1, stages=3)
+    same = Halves(staged, [10_000_000 * n for n in (1, 2, 4)]).as_accurate_as(staged.right[:, 1])
+    assert same is not None
+    assert lines[4].startswith(f"| S2D 4/1/3, full reuse | not reached | {same.macs / 1e6:.1f} (")
 
 
 def about(row: Row, macs: list[int]) -> dict[str, object]:

@@ -24,8 +24,14 @@ from s2d_compiler.calibration import calibrate, record
 from s2d_compiler.commands.options import ModelSource
 from s2d_compiler.commands.policy_options import read_policy
 from s2d_compiler.data import Preprocessing, batches, open_data
-from s2d_compiler.errors import CheckError, DataError, PolicyError, UsageError
-from s2d_compiler.evaluation import evaluate, trade_off
+from s2d_compiler.errors import (
+    CalibrationError,
+    CheckError,
+    DataError,
+    PolicyError,
+    UsageError,
+)
+from s2d_compiler.evaluation import evaluate, evaluate_records, trade_off
 from s2d_compiler.evaluation.drawing import draw_trade_off, policy_text
 from s2d_compiler.evaluation.evaluating import interval, right_of
 from s2d_compiler.runtime import Deadline, MacsBudget, Policy, Thresholds, measure_values
@@ -136,6 +142,51 @@ def test_predict_and_the_stages_must_agree() -> None:
 
     with mock.patch.object(dyn, "predict", other), pytest.raises(CheckError, match="differ by"):
         evaluate(dyn, in_batches(60), POLICIES[0])
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [None, *POLICIES[:3], Thresholds((math.inf, -0.0)), Thresholds((-math.inf, 1.3), "entropy")],
+    ids=lambda policy: "none" if policy is None else policy_text(policy),
+)
+def test_records_say_what_the_samples_say(policy: Policy | None) -> None:
+    """NaNs included, of which some samples reach the last exit."""
+    dyn = network()
+    parts = in_batches(20)
+    parts[1][0][3:5] = math.nan
+    records = record(dyn, parts, data="drawn", logits=True)
+    found, expected = evaluate_records(dyn, records, policy), evaluate(dyn, parts, policy)
+    assert found.to_dict() == expected.to_dict()
+    assert policy is None or found.nan_confidences == 6
+
+
+def test_a_part_of_records_is_that_part_of_the_samples() -> None:
+    dyn = network()
+    parts = in_batches(20)
+    whole = record(dyn, parts, data="drawn", logits=True)
+    half = whole.part(slice(20, None), "[20:]")
+    assert half.data == "drawn[20:]"
+    policy = POLICIES[2]
+    assert evaluate_records(dyn, half, policy) == dataclasses.replace(
+        evaluate(dyn, parts[1:], policy)
+    )
+
+
+def test_what_records_do_not_say() -> None:
+    dyn = network()
+    records = record(dyn, in_batches(20), data="drawn")
+    for policy, said in (
+        (POLICIES[2], "no logits, which the policy's temperatures"),
+        (POLICIES[3], "no measure of one's own"),
+        (POLICIES[4], "under a MacsBudget who leaves depends on more"),
+        (Thresholds((0.5,)), "1 for a network of 3 stages"),
+    ):
+        with pytest.raises((CalibrationError, PolicyError), match=said):
+            evaluate_records(dyn, records, policy)
+    with pytest.raises(CalibrationError, match="of another network"):
+        evaluate_records(network(seed=1), records)
+    with pytest.raises(CalibrationError, match=r"\[60:\] is none of their 60 samples"):
+        records.part(slice(60, None), "[60:]")
 
 
 def test_nan_is_counted_and_never_right() -> None:
@@ -327,6 +378,38 @@ def test_the_command_says_what_evaluate_found(
     assert {key: document[key] for key in expected} == json.loads(json.dumps(expected))
     assert document["preprocessing"] == dyn.settings.preprocessing.to_dict()
     assert document["accuracy"] != document["stages"][2]["accuracy"]
+
+
+def test_half_of_the_records_choose_and_the_command_evaluates_the_others(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without images, once what the exits say of them is recorded."""
+    words = ["calibrate", "dyn.pt", "--target", "macs=60%", "--records", "r.npz"]
+    assert cli.main([*words, "--data", "a.npz"]) == 0
+    (folder / "a.npz").rename(folder / "gone.npz")
+    assert cli.main([*words, "--split", "[:30]", "-o", "half.pt"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "30 of 40 samples, read from r.npz" in said
+    assert "on 30 samples" in said
+    assert cli.main(["eval", "half.pt", "--records", "r.npz", "--split", "[30:]", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    dyn = load("half.pt").eval()
+    assert dyn.settings.preprocessing is not None
+    rest = batches(open_data("gone.npz", "[30:]"), dyn.settings.preprocessing, 10)
+    expected = evaluate(dyn, rest, dyn.settings.policy).to_dict()
+    assert {key: document[key] for key in expected} == json.loads(json.dumps(expected))
+    assert document["samples"] == 10
+    assert document["data"] == "a.npz[30:]"
+    for words, said in (
+        (["--records", "r.npz", "--data", "gone.npz"], "--data is given too"),
+        (["--records", "r.npz", "--static", "half.pt"], "--static is given too"),
+        (["--records", "r.npz", "--split", "test[:3]"], "the split 'test', of which records"),
+        (["--records", "r.npz", "--mean", "0.1"], "another preprocessing is named"),
+        (["--records", "r.npz", "--split", "[40:]"], "is none of their 40 samples"),
+        (["--records", "none.npz"], "no such file of records"),
+    ):
+        assert cli.main(["eval", "half.pt", *words]) == 2, words
+        assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_command_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,7 @@ def write_page(results: Path, page: Path, console: Console) -> None:
         rows = _read(results / network, network)
         if rows and rows[0].row.name == "static":
             plot = page.parent / f"{page.stem}-{network}.svg"
-            _plot(rows, plot, TITLES[network])
+            _plot([made for made in rows if made.row.table == "main"], plot, TITLES[network])
             parts.append(_network(rows, plot.name, TITLES[network]))
     if len(parts) > 1:
         text = "\n".join(parts)
@@ -108,17 +108,22 @@ learn from the same outputs, with as many epochs and with twice as many.
 
 
 def _network(rows: Sequence[Made], plot: str, title: str) -> str:
-    recipe, static = rows[0].about["recipe"], rows[0]
+    main = [made for made in rows if made.row.table == "main"]
+    ablation = [made for made in rows if made.row.table == "ablation"]
+    recipe, static = main[0].about["recipe"], main[0]
     lines = [
         f"\n## {title}\n",
         f"{recipe['epochs']} epochs each, batches of {recipe['batch_size']}, {recipe['schedule']} "
         f"schedule up to a learning rate of {recipe['lr']:g} (from the static weights: "
-        f"{_start_lr(rows)}), weight decay {recipe['weight_decay']:g}, {recipe['precision']}, "
+        f"{_start_lr(main)}), weight decay {recipe['weight_decay']:g}, {recipe['precision']}, "
         f"torch {static.about['torch']} on {static.about['device']}.\n",
         f"![accuracy against MACs]({plot})\n",
-        _table(rows, static),
-        _stages(rows),
+        _table(main, static),
+        _equal(main),
+        _stages(main),
     ]
+    if ablation:
+        lines.append(_ablation(ablation, title))
     return "\n".join(lines)
 
 
@@ -141,12 +146,9 @@ def _table(rows: Sequence[Made], static: Made) -> str:
     ]
     right = static.records.right[:, -1]
     for made in rows:
-        macs = ", ".join(f"{m / 1e6:.1f}" for m in made.macs)
-        accuracy = ", ".join(f"{100 * a:.2f}" for a in made.records.right.mean(0))
-        cells = [made.row.text, macs, accuracy]
         best = made.best
-        cells += [f"{100 * best.accuracy:.2f}", f"{best.macs / 1e6:.1f}",
-                  _fewer(best.macs, static)]  # fmt: skip
+        cells = [made.row.text, *_exits(made), f"{100 * best.accuracy:.2f}", _million(best.macs),
+                 _fewer(best.macs, static)]  # fmt: skip
         same = made.halves.as_accurate_as(right)
         if same is None:
             cells += [
@@ -155,10 +157,68 @@ def _table(rows: Sequence[Made], static: Made) -> str:
                 _difference(made.halves.chosen(lambda points: points[-1]).answers, right),
             ]
         else:
-            cells += [f"{same.macs / 1e6:.1f}", _fewer(same.macs, static),
+            cells += [_million(same.macs), _fewer(same.macs, static),
                       _difference(same.answers, right)]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _equal(rows: Sequence[Made]) -> str:
+    """What each network with exits costs where it is as accurate as each of the others."""
+    dynamic = [made for made in rows if len(made.macs) > 1]
+    others = sorted((made for made in rows if len(made.macs) == 1), key=lambda made: made.macs[-1])
+    heads = "".join(f" {made.row.text}: {_million(made.macs[-1])} |" for made in others)
+    lines = [
+        "Million MACs at equal accuracy: the cheapest thresholds that are as accurate as the "
+        "network named above on the images that choose, with the paired difference in points on "
+        "the others. The network above costs what stands beside its name.\n",
+        f"| network |{heads}",
+        "|---|" + "---|" * len(others),
+    ]
+    for made in dynamic:
+        cells = []
+        for other in others:
+            right = other.records.right[:, -1]
+            same = made.halves.as_accurate_as(right)
+            cells.append(
+                "not reached"
+                if same is None
+                else f"{_million(same.macs)} ({_difference(same.answers, right)})"
+            )
+        lines.append("| " + " | ".join([made.row.text, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _ablation(rows: Sequence[Made], title: str) -> str:
+    base, recipe = rows[0], rows[0].about["recipe"]
+    lines = [
+        f"### {title}: one plan, one thing changed at a time\n",
+        f"S2D 4/1/3; the first line is what the others change. {recipe['epochs']} epochs each, so "
+        "compare these rows with each other and not with those above.\n",
+        "| changed | million MACs up to each exit | accuracy of each exit (%) | "
+        "last exit against the first line (points) | "
+        "highest reward: accuracy (%) | million MACs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for made in rows:
+        right = made.records.right
+        difference = _difference(right[:, -1], base.records.right[:, -1])
+        cells = [made.row.text, *_exits(made), "" if made is base else difference,
+                 f"{100 * made.best.accuracy:.2f}", _million(made.best.macs)]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _exits(made: Made) -> tuple[str, str]:
+    """MACs up to each exit, and accuracy of each."""
+    return (
+        ", ".join(_million(m) for m in made.macs),
+        ", ".join(f"{100 * a:.2f}" for a in made.records.right.mean(0)),
+    )
+
+
+def _million(macs: float) -> str:
+    return f"{macs / 1e6:.1f}"
 
 
 def _fewer(macs: float, static: Made) -> str:

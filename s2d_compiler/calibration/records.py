@@ -92,6 +92,33 @@ class Records:
         """(n, s - 1) values of a measure at the early exits, larger for more certainty."""
         return signed(measure, self.measures[measure][:, :-1])
 
+    def part(self, rows: slice, text: str) -> Records:
+        """Some of the samples.
+
+        Args:
+            rows: Which.
+            text: What their name gets after that of the data, such as ``"[2500:]"``.
+
+        Raises:
+            CalibrationError: There are none.
+        """
+        found = Records(
+            labels=self.labels[rows],
+            predictions=self.predictions[rows],
+            measures={name: values[rows] for name, values in self.measures.items()},
+            classes=self.classes,
+            network=self.network,
+            data=f"{self.data}{text}",
+            preprocessing=self.preprocessing,
+            logits=None if self.logits is None else self.logits[:, rows],
+        )
+        if not len(found):
+            raise CalibrationError(
+                f"records of {self.data}: {text} is none of their {len(self):,} samples; name a "
+                "part that holds some."
+            )
+        return found
+
     def require_network(self, dyn: DynamicModel) -> None:
         """Refuse the records of another network.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, validators
 
-from s2d_compiler.commands.data_options import DATA, DataSource, Samples
+from s2d_compiler.commands.data_options import DATA, DataSource, Samples, recorded_part
 from s2d_compiler.commands.options import REPORTING, Reporting, Result, require_other_file
 from s2d_compiler.commands.progress import progress
 from s2d_compiler.errors import UsageError
@@ -57,7 +57,8 @@ def calibrate_network(
         measure: confidence, entropy or margin.
         temperature: Fit a temperature per exit first.
         records: A file of what every exit says of every sample. Read where it exists, so that the
-            network does not run again; written where it does not.
+            network does not run again (--split '[:2500]' takes a part of it); written where it
+            does not.
         milliseconds: What a sample costs up to each stage, such as 1.2,2.0,3.5; without it, the
             times stored with the network.
         timing_batch: The batch size whose stored times are meant; without it, the smallest.
@@ -124,8 +125,8 @@ def _recorded(
                 f"--records: {path} holds records of {records.data}, and --data names "
                 f"{_name(source)}; leave --data out to use them, or name another file"
             )
-        _require_as_recorded(records, source, path)
-        return records, f"read from {path}"
+        chosen = recorded_part(records, source, path)
+        return chosen, f"{len(chosen):,} of {len(records):,} samples, read from {path}"
     if path is not None:
         check_writable(path)
     samples = source.samples(staged)
@@ -159,25 +160,6 @@ def _require_classes(staged: DynamicModel, samples: Samples, device: Any) -> Non
         output = next(iter(staged.exits(inputs)))
     if isinstance(output, torch.Tensor) and output.ndim == 2:  # record refuses others
         require_classes(samples.data, labels, max(output.shape[1], 2))
-
-
-def _require_as_recorded(records: Records, source: DataSource, path: Path) -> None:
-    """Refuse options about images that records do not follow."""
-    from s2d_compiler.data import Preprocessing
-
-    what = None
-    if source.data is None and (source.split is not None or source.limit is not None):
-        what = "a part of the data (--split, --limit)"
-    stored = None
-    if records.preprocessing is not None:
-        stored = Preprocessing.from_dict(dict(records.preprocessing), f"{path}: preprocessing")
-    if source.preprocessing(stored) != (stored or Preprocessing()):
-        what = "another preprocessing"
-    if what is not None:
-        raise UsageError(
-            f"--records: {path} is there already and read, and {what} is named; leave these "
-            "options out, or name another file, which records anew"
-        )
 
 
 def _name(source: DataSource) -> str:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from s2d_compiler.calibration import Records
     from s2d_compiler.data import Data
 
-__all__ = ["DATA", "DataSource", "Samples", "read_device"]
+__all__ = ["DATA", "DataSource", "Samples", "read_device", "recorded_part"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,8 @@ class DataSource:
     Args:
         data: cifar10:DIR, cifar100:DIR, folder:DIR (a folder of images per class), FILE.npz
             (arrays images and labels) or package.module:function (returns a data set).
-        split: Which part, such as train or test; a slice may follow: train[45000:].
+        split: Which part, such as train or test; a slice may follow: train[45000:]. Of records, a
+            slice alone: [:2500].
         batch_size: Images at a time.
         limit: Use at most so many images, evenly spaced.
         resize: Resize images: a number for the shorter side, such as 256, or HEIGHTxWIDTH. These
@@ -174,6 +177,35 @@ class DataSource:
 
 
 DATA = DataSource()
+
+
+def recorded_part(records: Records, source: DataSource, path: Path) -> Records:
+    """The samples of a file of records that ``--split`` names, where no data are named.
+
+    Raises:
+        UsageError: Options about images are given that records do not follow.
+        CalibrationError: No samples are left.
+    """
+    from s2d_compiler.data import Preprocessing
+    from s2d_compiler.data.opening import parse_split
+
+    stored, what, part, text = None, None, None, ""
+    if source.data is None:
+        name, part, text = parse_split(source.split)
+        if name is not None:
+            what = f"the split {name!r}, of which records know nothing"
+    if source.data is None and source.limit is not None:
+        what = "--limit, which is about images (--split '[:100]' takes the first 100 records)"
+    if records.preprocessing is not None:
+        stored = Preprocessing.from_dict(dict(records.preprocessing), f"{path}: preprocessing")
+    if source.preprocessing(stored) != (stored or Preprocessing()):
+        what = "another preprocessing"
+    if what is not None:
+        raise UsageError(
+            f"--records: {path} is read, and {what} is named; leave that out, or name a file that "
+            "is not there, and --data, to record anew"
+        )
+    return records if part is None else records.part(part, text)
 
 
 def read_device(text: str) -> torch.device:

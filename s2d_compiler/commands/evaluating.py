@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from s2d_compiler.commands.data_options import DATA, DataSource, Samples, read_device
+from s2d_compiler.commands.data_options import (
+    DATA,
+    DataSource,
+    Samples,
+    read_device,
+    recorded_part,
+)
 from s2d_compiler.commands.options import REPORTING, SOURCE, ModelSource, Reporting, Result
 from s2d_compiler.commands.policy_options import read_policy
 from s2d_compiler.commands.progress import progress
+from s2d_compiler.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
 
     from s2d_compiler.dynamic import DynamicModel
     from s2d_compiler.evaluation import Evaluation
+    from s2d_compiler.runtime.policies import Policy
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +40,7 @@ def evaluate_network(
     /,
     *,
     data: DataSource = DATA,
+    records: Annotated[Path | None, Parameter(show_default=False)] = None,
     policy: str = "stored",
     plot: Annotated[Path | None, Parameter(show_default=False)] = None,
     static: Annotated[Path | None, Parameter(show_default=False)] = None,
@@ -42,35 +52,41 @@ def evaluate_network(
 
     Args:
         dyn: The compiled network, dyn.pt.
+        records: What every exit said of labelled images, as s2d calibrate --records keeps it, in
+            place of images; the network does not run. Choose thresholds by one part of it and
+            evaluate them on another (--split '[2500:]').
         policy: When samples leave: stored (with the network), none, thresholds such as 0.9,0.8
             or entropy:0.2,0.4 (never: nobody leaves), macs:N, batch-macs:N or ms:N.
         plot: Draw accuracy against MACs over all thresholds into this file (.png, .svg, .pdf).
         static: The original network, to compare with; --arch and its like are about it.
         device: Where to run, such as cpu or cuda.
     """
-    from s2d_compiler.data.loading import require_classes
-    from s2d_compiler.evaluation import evaluate
     from s2d_compiler.evaluation.evaluating import accuracy_of
     from s2d_compiler.format import load
     from s2d_compiler.plots import check_plot
 
     if plot is not None:
         check_plot(plot)
+    if records is not None:
+        _require_no_images(data, static)
     network = load(dyn, read_device(device)).eval()
     source.require_shape_of(dyn, network.parts.input_shapes)
     chosen = read_policy(policy, network.settings.policy)
     if policy == "stored":
         _warn_of_old_calibration(dyn, network)
-    samples = data.samples(network)
-    batches = _shown(samples, device, f"evaluating {dyn.name}", reporting)
-    found = evaluate(network, batches, chosen, partial(require_classes, samples.data))
-    accuracy = None
-    if static is not None:
-        batches = _shown(samples, device, f"evaluating {static.name}", reporting)
-        accuracy = accuracy_of(source.read(static).eval().to(device), batches)
+    accuracy, found, preprocessing = None, None, None
+    if records is None:
+        samples = data.samples(network)
+        name, preprocessing = samples.data.name, samples.preprocessing.to_dict()
+        found = _run(network, samples, chosen, _Shown(device, dyn.name, reporting))
+        if static is not None:
+            shown = _Shown(device, static.name, reporting)
+            accuracy = accuracy_of(source.read(static).eval().to(device), shown.batches(samples))
+    else:
+        name, preprocessing, found = _recorded(network, records, data, chosen)
     document: dict[str, Any] = {
-        "data": samples.data.name,
-        "preprocessing": samples.preprocessing.to_dict(),
+        "data": name,
+        "preprocessing": preprocessing,
         **found.to_dict(),
         "static_accuracy": accuracy,
     }
@@ -78,7 +94,7 @@ def evaluate_network(
     if plot is not None:
         from s2d_compiler.evaluation.drawing import draw_trade_off
 
-        draw_trade_off(found, plot, f"{dyn.name} on {_short(samples)}", accuracy)
+        draw_trade_off(found, plot, f"{dyn.name} on {_short(name)}", accuracy)
         document["plot"] = str(plot)
         text.append(f"plot: {plot}")
     return Result(document, text)
@@ -97,15 +113,57 @@ def _warn_of_old_calibration(dyn: Path, network: DynamicModel) -> None:
         )
 
 
-def _shown(
-    samples: Samples, device: str, text: str, reporting: Reporting
-) -> Iterator[tuple[Tensor, Tensor]]:
-    count = -(-len(samples) // samples.batch_size)
-    return progress(samples.batches(device), count, text, reporting)
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """Batches with a progress bar.
+
+    Attributes:
+        device: Where they are to be.
+        name: What is evaluated.
+        reporting: Whether there is a bar.
+    """
+
+    device: str
+    name: str
+    reporting: Reporting
+
+    def batches(self, samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
+        count = -(-len(samples) // samples.batch_size)
+        text = f"evaluating {self.name}"
+        return progress(samples.batches(self.device), count, text, self.reporting)
 
 
-def _short(samples: Samples) -> str:
-    name = samples.data.name
+def _run(
+    network: DynamicModel, samples: Samples, policy: Policy | None, shown: _Shown
+) -> Evaluation:
+    from s2d_compiler.data.loading import require_classes
+    from s2d_compiler.evaluation import evaluate
+
+    check = partial(require_classes, samples.data)
+    return evaluate(network, shown.batches(samples), policy, check)
+
+
+def _recorded(
+    network: DynamicModel, path: Path, source: DataSource, policy: Policy | None
+) -> tuple[str, Any, Evaluation]:
+    """The name of the samples, what was done to them, and what their exits said."""
+    from s2d_compiler.calibration import Records
+    from s2d_compiler.evaluation import evaluate_records
+
+    records = recorded_part(Records.load(path), source, path)
+    return records.data, records.preprocessing, evaluate_records(network, records, policy)
+
+
+def _require_no_images(source: DataSource, static: Path | None) -> None:
+    for option, value in (("--data", source.data), ("--static", static)):
+        if value is not None:
+            raise UsageError(
+                f"--records: they are read in place of images, and {option} is given too; leave "
+                "one of both out"
+            )
+
+
+def _short(name: str) -> str:
     return name if len(name) <= 50 else f"…{name[-49:]}"
 
 

@@ -11,7 +11,7 @@ from s2d_compiler.data.functions import open_function
 from s2d_compiler.data.sources import Data, Selected
 from s2d_compiler.errors import DataError, UsageError
 
-__all__ = ["FORMS", "open_data"]
+__all__ = ["FORMS", "open_data", "parse_split"]
 
 FORMS = "cifar10:DIR, cifar100:DIR, folder:DIR, FILE.npz or package.module:function"
 
@@ -38,22 +38,33 @@ def open_data(spec: str, split: str | None = None, *, labels: bool = True) -> Da
             they must lie.
         UsageError: The words are none of these forms.
     """
+    name, part, text = parse_split(split)
+    data = _open(spec, name, labels)
+    if part is not None:
+        data = Selected(data, range(len(data))[part], f"{data.name}{text}")
+    if not len(data):
+        raise DataError(f"{data.name}: 0 images, and at least 1 is needed; name other data")
+    return data
+
+
+def parse_split(split: str | None) -> tuple[str | None, slice | None, str]:
+    """What ``train[45000:]`` names: the split, the part of it, and how the part is written.
+
+    Raises:
+        UsageError: It is neither a name nor a slice.
+    """
     match = _SPLIT.fullmatch(split or "")
     if match is None:
         raise UsageError(
             f"the split {split!r} is no name, such as train, with or without a slice; write "
             "train[45000:], for example"
         )
-    data = _open(spec, match["name"] or None, labels)
-    if match["range"]:
-        bounds = [int(part) if part.lstrip("-") else None for part in match["range"].split(":")]
-        if len(bounds) == 3 and bounds[2] == 0:
-            raise UsageError(f"the split {split!r} has a step of 0; write another step, or none")
-        chosen = range(len(data))[slice(*bounds)]
-        data = Selected(data, chosen, f"{data.name}[{match['range']}]")
-    if not len(data):
-        raise DataError(f"{data.name}: 0 images, and at least 1 is needed; name other data")
-    return data
+    if not match["range"]:
+        return match["name"] or None, None, ""
+    bounds = [int(part) if part.lstrip("-") else None for part in match["range"].split(":")]
+    if len(bounds) == 3 and bounds[2] == 0:
+        raise UsageError(f"the split {split!r} has a step of 0; write another step, or none")
+    return match["name"] or None, slice(*bounds), f"[{match['range']}]"
 
 
 def _open(spec: str, split: str | None, labels: bool) -> Data:

@@ -210,12 +210,8 @@ class Engine:
     def _check(self, policy: Policy, timings: Timings | None, device: torch.device) -> None:
         """Require that a policy fits the network; what depends on outputs shows later."""
         thresholds = thresholds_of(policy)
-        count = len(self.macs)
-        if thresholds is not None and len(thresholds.values) != count - 1:
-            raise PolicyError(
-                f"thresholds: {len(thresholds.values)} for a network of {count} stages; give one "
-                f"per stage but the last ({count - 1})."
-            )
+        if thresholds is not None:
+            thresholds.require_stages(len(self.macs))
         if isinstance(policy, Deadline):
             self._check_timings(timings, device)
 

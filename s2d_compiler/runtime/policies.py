@@ -85,6 +85,18 @@ class Thresholds:
                 else f"thresholds: {value!r} at stage {number} compares with nothing; give numbers."
             )
 
+    def require_stages(self, count: int) -> None:
+        """Refuse a network of another number of stages.
+
+        Raises:
+            PolicyError: It is one.
+        """
+        if len(self.values) != count - 1:
+            raise PolicyError(
+                f"thresholds: {len(self.values)} for a network of {count} stages; give one per "
+                f"stage but the last ({count - 1})."
+            )
+
     @property
     def larger_is_certain(self) -> bool:
         """Whether a larger value of the measure means more certainty."""

@@ -34,8 +34,9 @@ from s2d_compiler.errors import (
     S2DError,
     UsageError,
 )
+from s2d_compiler.evaluation import evaluate_records
 from s2d_compiler.fields import Fields
-from s2d_compiler.runtime import StageTimings, Timings
+from s2d_compiler.runtime import MacsBudget, StageTimings, Thresholds, Timings
 from tests.errors.case import Case
 from tests.errors.cases_commands import raising
 from tests.exits import classifier, files, records_of, samples
@@ -96,6 +97,22 @@ def content(data: bytes | None, *parts: str, largest: int = 2**30) -> Case:
             return Records.load("r.npz")
 
     return Case(trigger, CalibrationError, *parts)
+
+
+def empty() -> Records:
+    nothing = slice(0, 0)
+    with mock.patch.object(Records, "__len__", return_value=1):
+        return found().part(nothing, "[:0]")
+
+
+def evaluating(records: Callable[[], Records], policy: Any, *parts: str) -> Case:
+    return said(lambda: evaluate_records(classifier(), records(), policy), *parts)
+
+
+def both_named(folder: Path) -> object:
+    files(folder)
+    with mock.patch.object(running, "_fail", raising):
+        return cli.main(["eval", "dyn.pt", "--data", "data.npz", "--records", "r.npz"])
 
 
 def command(error: type[S2DError], words: str, *parts: str) -> Case:
@@ -311,11 +328,40 @@ CASES: dict[str, Case] = {
     ),
     "another preprocessing than recorded": command(
         UsageError, "--target reward --records r.npz --mean 0.5", "--records", "r.npz",
-        "another preprocessing", "leave these options out",
+        "another preprocessing", "leave that out",
     ),
-    "a part of records": command(
+    "a number of records": command(
         UsageError, "--target reward --records r.npz --limit 5", "--records", "r.npz",
-        "a part of the data", "or name another file",
+        "--limit, which is about images", "leave that out",
+    ),
+    "a split of records": command(
+        UsageError, "--target reward --records r.npz --split test[:5]", "--records", "r.npz",
+        "the split 'test', of which records know nothing", "leave that out",
+    ),
+    "an empty part of records": command(
+        CalibrationError, "--target reward --records r.npz --split [900000:]", "drawn",
+        "[900000:]", "is none of their", "name a part that holds some",
+    ),
+    # evaluated without running
+    "no records to evaluate": evaluating(
+        empty, None, "drawn", "0 samples", "at least 1 is needed", "record again"
+    ),
+    "records under a budget": evaluating(
+        found, MacsBudget(10**9), "drawn", "MacsBudget", "depends on more than what exits said",
+        "evaluate it on the samples themselves",
+    ),
+    "records under a measure of one's own": evaluating(
+        found, Thresholds((0.5, 0.5), lambda o: o[:, 0]), "drawn", "of one's own",
+        "they hold no measure", "evaluate the policy on the samples",
+    ),
+    "records under temperatures": evaluating(
+        lambda: replace(found(), logits=None),
+        Thresholds((0.5, 0.5), temperatures=(1.0, 2.0, 1.0)), "drawn", "temperatures",
+        "they hold no logits", "record again with logits",
+    ),
+    "records and images": Case(
+        lambda folder: both_named(folder), UsageError, "--records", "--data",
+        "read in place of images", "leave one of both out",
     ),
     "over the records": command(
         OutputError, "--target reward --records r.npz -o r.npz", "r.npz", "r.npz",
