@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := build/demo
+# A ResNet-20 trained on CIFAR-10, and its stages.
+RESNET := examples/resnet20-cifar10
+RESNET_MODEL := $(RESNET).pt --arch examples.cifar_models:resnet20
 
 # The first interpreter that torch has wheels for; override with `make PYTHON=/path/to/python`.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
@@ -85,7 +88,7 @@ faults: $(STAMP) ## Interruptions at every line of the writing and at hundreds o
 		tests/test_faults.py tests/test_interruptions.py tests/test_determinism.py \
 		tests/test_training_faults.py
 
-demo: $(STAMP) ## Train, compile, train stages, calibrate and evaluate a small network, in about two minutes
+demo: $(STAMP) ## Train, compile, train stages, calibrate, evaluate: digits; then a trained ResNet-20 (three minutes)
 	@mkdir -p $(DEMO)
 	$(BIN)/python -m examples.digits train --output $(DEMO)/model.pt
 	$(BIN)/s2d-compile $(DEMO)/model.pt --arch examples.digits:build \
@@ -99,6 +102,14 @@ demo: $(STAMP) ## Train, compile, train stages, calibrate and evaluate a small n
 		--split 'test[:225]' --target drop=3% --confidence 0.95 -o $(DEMO)/dyn-calibrated.pt
 	$(BIN)/s2d eval $(DEMO)/dyn-calibrated.pt --data examples.digits:dataset \
 		--split 'test[225:]' --plot $(DEMO)/trade-off.png
+	$(BIN)/s2d-compile $(RESNET_MODEL) --splits $(RESNET).json -o $(DEMO)/resnet20.pt
+	$(BIN)/s2d verify $(RESNET_MODEL) $(RESNET)-dyn.pt --trained
+	$(BIN)/s2d calibrate $(RESNET)-dyn.pt --records $(RESNET)-held-out.npz --split '[:2500]' \
+		--target drop=1% --confidence 0.95 -o $(DEMO)/resnet20-calibrated.pt
+	$(BIN)/s2d eval $(DEMO)/resnet20-calibrated.pt --records $(RESNET)-held-out.npz \
+		--split '[2500:]' --plot $(DEMO)/resnet20-trade-off.png
+	$(BIN)/s2d bench $(DEMO)/resnet20-calibrated.pt --static $(RESNET_MODEL) --batch 32 \
+		--backends eager --backends onednn --distribution 75/4/21
 
 clean: ## Remove what the targets made, the virtual environment included
 	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -211,3 +212,49 @@ def originals(dyn: DynamicModel) -> dict[str, torch.Tensor]:
     """The original's state, put together from the stages."""
     state = dyn.state_dict()
     return {where.source: state[key] for key, where in dyn.provenance.items()}
+
+
+# -- the ResNet-20 that comes trained --------------------------------------------------------------
+
+RESNET = ["--arch", "examples.cifar_models:resnet20"]
+
+
+def test_the_trained_resnet_is_what_its_plan_makes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    model, plan, dyn = (f"examples/resnet20-cifar10{end}" for end in (".pt", ".json", "-dyn.pt"))
+    assert main(["verify", model, dyn, *RESNET, "--trained"]) == 0
+    assert "384 of 384 tensors hold other numbers (trained)" in capsys.readouterr().out
+    untrained = str(tmp_path / "untrained.pt")
+    assert main(["compile", model, *RESNET, "--splits", plan, "-o", untrained, "--no-check"]) == 0
+    trained = load(dyn)
+    assert str(load(untrained).cost) == str(trained.cost)
+    assert trained.settings.preprocessing is not None
+    loaded = cifar_models.resnet20()
+    loaded.load_state_dict(torch.load(model, weights_only=True))
+    assert loaded.bn1.num_batches_tracked > 1000
+
+
+def test_evaluation_page_prints_what_the_trained_resnet_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands and the table of docs/evaluation.md, on the records that are committed."""
+    page = (EXAMPLES.parent / "docs" / "evaluation.md").read_text()
+    block = page.split("```\ns2d calibrate examples/")[1].split("```")[0]
+    commands = f"s2d calibrate examples/{block}".replace("\\\n", " ").strip().splitlines()
+    shown = page.split(block)[1].split("\n\n")
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert main([*shlex.split(command)[1:], "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+    lines = [
+        f"| {number} | {stage['share']:.2%} | {stage['accuracy_leaving']:.2%} | "
+        f"{stage['accuracy']:.2%} | {stage['macs']:,} |"
+        for number, stage in enumerate(document["stages"], start=1)
+    ]
+    assert [line.rsplit(" ", 2)[0].rstrip() for line in shown[1].splitlines()[2:]] == lines
+    sentence = " ".join(shown[2].split())
+    assert f"{document['accuracy']:.2%} right of {document['samples']:,} samples" in sentence
+    assert f"{document['mean_macs']:,.0f} MACs per sample" in sentence
