@@ -21,6 +21,7 @@ from s2d_compiler.runtime import MacsBudget, StageTimings, Thresholds, Timings
 from s2d_compiler.training.feeding import as_data
 from s2d_compiler.training.losses import JointLoss
 from tests.training import (
+    CLASSES,
     SHORT,
     Stop,
     compiled,
@@ -105,6 +106,35 @@ def test_a_distilled_step_goes_to_the_teacher() -> None:
     recipe = replace(ONE_STEP, distill=0.3, temperature=2.0, form="staged")
     found = trained(dyn, recipe, teacher=teacher)
     assert close(found, by_hand(dyn, loss, sgd(momentum=0.9)))
+
+
+class Brightness(nn.Module):
+    """Tells the classes of ``samples`` apart, if it gets their pixels times 1/255."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = 50 + 35 * torch.arange(CLASSES, device=x.device)
+        return -0.01 * (255 * x.mean((1, 2, 3))[:, None] - means).square()
+
+
+def test_how_good_the_teacher_is_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """On the validation images; on training images where there are none."""
+    held_out = samples(40, 8)
+    wrong = held_out[0], (held_out[1] + 1) % CLASSES
+
+    def told(data: Any, **given: Any) -> float | None:
+        return fit(staged(), data, SHORT, teacher=Brightness(), **given).teacher
+
+    assert told(samples(), validation=held_out) == 1.0
+    assert told(samples()) == 1.0
+    assert told((samples()[0], None)) is None
+    assert told((samples()[0], None), validation=held_out) == 1.0
+    assert fit(staged(), samples(), SHORT).teacher is None
+    assert "the teacher is right" not in caplog.text
+    assert told(samples(), validation=wrong) == 0.0
+    assert "the teacher is right for 0.0% of the images, and guessing one of 4" in caplog.text
+    caplog.clear()
+    assert told(samples(), preprocessing=Preprocessing(mean=(2.0,))) == pytest.approx(0.25, abs=0.1)
+    assert "are the images preprocessed as it was trained" in caplog.text
 
 
 def test_adamw_nesterov_clipping_and_decay_of_norms() -> None:

@@ -254,6 +254,7 @@ def _result(staged: DynamicModel, history: History, output: Path) -> Result:
     distilled = f", {history.distill:.0%} distilled" if history.distill else ""
     lines = [
         f"{len(history.epochs)} epochs{before}; trained in the {history.form} form{distilled}",
+        *([] if history.teacher is None else [f"the teacher: {history.teacher:.2%} right"]),
         f"weights of epoch {history.kept}; written: {output}",
         f"Next: choose thresholds with s2d calibrate {shlex.quote(str(output))} --data ... "
         "--target drop=1% -o FILE, on images that it was not trained on.",

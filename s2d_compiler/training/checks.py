@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +14,15 @@ from torch import Tensor, nn
 from s2d_compiler.data import Data, Preprocessing, require_fit
 from s2d_compiler.dynamic import CallShape, StagedNetwork
 from s2d_compiler.errors import DataError, S2DError, UsageError, first_line
+from s2d_compiler.evaluation.evaluating import accuracy_of
 from s2d_compiler.memory import let_through
 from s2d_compiler.training.recipe import Recipe
 from s2d_compiler.training.trainees import Trainee
 
+logger = logging.getLogger(__name__)
+
 __all__ = [
+    "accuracy_of_teacher",
     "count_classes",
     "device_of",
     "evaluating",
@@ -272,3 +278,20 @@ def count_classes(
             "apart, and they must tell the same; give a network and a teacher of one data set"
         )
     return found[0]
+
+
+def accuracy_of_teacher(
+    teacher: nn.Module, batches: Iterable[tuple[Any, Tensor]], classes: int
+) -> float:
+    """How good a teacher is on images as it gets them; one that is hardly right is warned of."""
+    found = accuracy_of(teacher, batches)
+    if found < 2 / classes and classes > 2:
+        logger.warning(
+            "the teacher is right for %.1f%% of the images, and guessing one of %d classes is for "
+            "%.1f%%; are the images preprocessed as it was trained (mean, std, size, channels), "
+            "and the classes in the same order?",
+            100 * found,
+            classes,
+            100 / classes,
+        )
+    return found

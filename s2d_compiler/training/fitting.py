@@ -34,6 +34,9 @@ __all__ = ["fit"]
 
 logger = logging.getLogger(__name__)
 
+#: So many of the training images say how good a teacher is where there are no others.
+_TEACHER_IMAGES = 1000
+
 
 def fit(
     network: nn.Module,
@@ -117,6 +120,12 @@ def fit(
         for some in everything if labels is not None else everything[1:]:
             require_classes(some, some.labels, classes)
 
+        taught = None
+        if teacher is not None and processes.is_first:
+            shown = held_out or (images.limited(_TEACHER_IMAGES) if labels is not None else None)
+            run = _validation(shown, preprocessing, recipe, shape, place, processes=None)
+            taught = None if run is None else checks.accuracy_of_teacher(teacher, run(), classes)
+
         def loop_of(trainee: Trainee) -> Loop:
             return Loop(
                 trainee,
@@ -153,7 +162,8 @@ def fit(
                 loop.trainee.hand_over()
     network.eval()
     _update_settings(network, preprocessing)
-    return History(recipe, loop.trainee.form, distill, tuple(loop.history), kept, loop.resumed)
+    results = tuple(loop.history)
+    return History(recipe, loop.trainee.form, distill, results, kept, loop.resumed, taught)
 
 
 def _validation(
@@ -162,11 +172,12 @@ def _validation(
     recipe: Recipe,
     shape: tuple[int, ...] | None,
     device: torch.device,
-    processes: Processes,
+    processes: Processes | None,
 ) -> Batches | None:
+    """Batches of data, of a process's part of them where there are several."""
     if data is None:
         return None
-    if processes.count > 1:
+    if processes is not None and processes.count > 1:
         part = processes.part_of(range(len(data)))
         data = Selected(data, part, data.name)
     last = recipe.memory_format == "channels_last"

@@ -76,10 +76,11 @@ def candidates(
 def _masked(
     network: DynamicModel, original: nn.Module, recipe: Recipe, device: torch.device
 ) -> MaskedTrainee:
-    first = next(original.parameters())
+    own = next(network.parameters())
+    first = next(original.parameters(), own)
     example = torch.zeros(network.parts.batch or 1, *network.parts.input_shapes[0])
     form = masked(original, network.plan, (example.to(first.device, first.dtype),))  # type: ignore[arg-type]
-    form.to(device, next(network.parameters()).dtype)
+    form.to(device, own.dtype)
     form.load_dynamic(network)
     freeze_as(form._weights(), network)
     return MaskedTrainee(form, recipe.train_original, network)

@@ -82,6 +82,8 @@ class History:
         epochs: Each epoch.
         kept: The epoch whose weights the network has, from 1.
         resumed: Epochs that were done before this call, from a checkpoint.
+        teacher: Share of the validation images that the teacher has right, or of up to 1,000
+            training images where there are none; None without a teacher, and without labels.
     """
 
     recipe: Recipe
@@ -90,6 +92,7 @@ class History:
     epochs: tuple[EpochResult, ...] = field(default=())
     kept: int = 0
     resumed: int = 0
+    teacher: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -100,6 +103,7 @@ class History:
             "epochs": [epoch.to_dict() for epoch in self.epochs],
             "kept": self.kept,
             "resumed": self.resumed,
+            "teacher": self.teacher,
         }
 
 
