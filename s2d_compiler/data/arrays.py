@@ -101,8 +101,10 @@ def _read(path: str, required: list[str]) -> dict[str, NDArray[Any]]:
             for name in required:
                 if name not in file.files:
                     there = ", ".join(sorted(file.files)[:8]) or "nothing"
+                    alone = ", or train by a teacher alone (s2d train --no-labels)"
                     raise DataError(
                         f"{path}: it holds {there}, and {name} is missing; store it under that name"
+                        f"{alone if name.endswith('labels') else ''}"
                     )
             names = [*required, *(["classes"] if "classes" in file.files else [])]
             found = {name: file[name] for name in names}

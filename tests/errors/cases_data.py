@@ -182,6 +182,10 @@ CASES: dict[str, Any] = {
         "a.npz", "it holds x, y", "images is missing",
         "store it under that name", x=BYTES, y=LABELS,
     ),
+    "no labels": npz(
+        "a.npz", "it holds images", "labels is missing",
+        "train by a teacher alone (s2d train --no-labels)", images=BYTES,
+    ),
     "no archive": npz(
         "a.npz", "this is no .npz archive", "no .npz archive", "write it with numpy.savez",
         content=b"text",
