@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks.cifar10.choosing import OMEGA, Halves, budgets, reward
+from benchmarks.cifar10.choosing import OMEGA, Halves, budgets, reward, within
 from benchmarks.cifar10.page import write_page
 from benchmarks.cifar10.rows import NETWORKS, Row, rows_of
 from s2d_compiler import transform
@@ -131,7 +131,7 @@ def test_page_is_written_from_what_is_kept(tmp_path: Path) -> None:
     line = next(line for line in text.splitlines() if line.startswith("| static |"))
     assert f"| {accuracy:.2f} |" in line
     assert "+0.00 ± 0.00" in line
-    assert text.count("| S2D 4/1/3, full reuse |") == 3
+    assert text.count("| S2D 4/1/3, full reuse |") == 4
     main, ablation = text.split("### ResNet-20: one plan, one thing changed at a time")
     assert "L1 order" not in main
     assert "| full reuse, index order, from the static weights, distilled | 10.0, 20.0, 40.0 |" \
@@ -159,7 +159,16 @@ def test_page_says_what_equal_accuracy_costs(tmp_path: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(about(row, MACS[-stages:])))
     page = tmp_path / "cifar10.md"
     write_page(tmp_path / "results", page, Console(quiet=True))
-    lines = page.read_text().split("Million MACs at equal accuracy")[1].splitlines()
+    text = page.read_text()
+    budget = text.split("Accuracy (%) at equal cost")[1].split("Who leaves")[0].splitlines()
+    assert budget[2] == "| network | 20.0 | 40.0 |"
+    assert not any(line.startswith(("| static |", "| static, 8")) and "| 20" in line
+                   for line in budget)  # fmt: skip
+    both = Halves(records(1, stages=3), [10_000_000 * n for n in (1, 2, 4)])
+    share = [100 * both.chosen(within(limit)).accuracy for limit in (2e7, 4e7)]
+    assert f"| S2D 4/1/3, full reuse | {share[0]:.2f} (" in budget[-2]
+    assert f" | {share[1]:.2f} (" in budget[-2]
+    lines = text.split("Million MACs at equal accuracy")[1].splitlines()
     assert lines[2] == "| network | static: 40.0 | static, 8 of 16 wide: 40.0 |"
     staged = records(1, stages=3)
     same = Halves(staged, [10_000_000 * n for n in (1, 2, 4)]).as_accurate_as(staged.right[:, 1])

@@ -18,7 +18,7 @@ from s2d_compiler.calibration import Records
 from s2d_compiler.calibration.solver import exits_of
 from s2d_compiler.evaluation import Point, trade_off
 
-__all__ = ["Chosen", "Halves", "budgets", "reward"]
+__all__ = ["Chosen", "Halves", "budgets", "reward", "within"]
 
 #: Of S2DNAS's reward, accuracy times cost to this power.
 OMEGA = -0.06
@@ -119,11 +119,13 @@ def reward(points: Sequence[Point]) -> Point:
 def budgets(halves: Halves, count: int = 40) -> list[Chosen]:
     """Accuracy against cost: the best setting within each of many mean costs."""
     lowest, highest = float(halves.macs[0]), float(halves.macs[-1])
-
-    def within(budget: float) -> Choice:
-        def choice(points: Sequence[Point]) -> Point:
-            return [point for point in points if point.macs <= budget * (1 + 1e-12)][-1]
-
-        return choice
-
     return [halves.chosen(within(b)) for b in np.linspace(lowest, highest, count)]
+
+
+def within(budget: float) -> Choice:
+    """The most accurate setting whose mean cost is at most so many MACs."""
+
+    def choice(points: Sequence[Point]) -> Point:
+        return [point for point in points if point.macs <= budget * (1 + 1e-12)][-1]
+
+    return choice

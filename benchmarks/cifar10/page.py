@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from benchmarks.cifar10.choosing import Chosen, Halves, budgets, reward
+from benchmarks.cifar10.choosing import Chosen, Halves, budgets, reward, within
 from benchmarks.cifar10.rows import NETWORKS, Row, rows_of
 from s2d_compiler.calibration import Records
 from s2d_compiler.output import atomic_write
@@ -120,6 +120,7 @@ def _network(rows: Sequence[Made], plot: str, title: str) -> str:
         f"![accuracy against MACs]({plot})\n",
         _table(main, static),
         _equal(main),
+        _same_cost(main, static),
         _stages(main),
     ]
     if ablation:
@@ -186,6 +187,34 @@ def _equal(rows: Sequence[Made]) -> str:
                 else f"{_million(same.macs)} ({_difference(same.answers, right)})"
             )
         lines.append("| " + " | ".join([made.row.text, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _same_cost(rows: Sequence[Made], static: Made) -> str:
+    """How accurate each network is where it may cost no more than others, and half of static."""
+    thin = sorted(made.macs[-1] for made in rows if len(made.macs) == 1)
+    limits = sorted({*thin[:-1], static.macs[-1] / 2}) or thin
+    heads = "".join(f" {_million(limit)} |" for limit in limits)
+    lines = [
+        "Accuracy (%) at equal cost: with the thresholds of the highest accuracy within so many "
+        "million MACs per image on the images that choose, and the paired difference to the static "
+        f"network. {_million(static.macs[-1] / 2)} million is half of what that costs, the others "
+        "what the thinner ones cost.\n",
+        f"| network |{heads}",
+        "|---|" + "---|" * len(limits),
+    ]
+    right = static.records.right[:, -1]
+    for made in rows:
+        cells = []
+        for limit in limits:
+            found = made.halves.chosen(within(limit)) if made.macs[0] <= limit else None
+            cells.append(
+                ""
+                if found is None
+                else f"{100 * found.accuracy:.2f} ({_difference(found.answers, right)})"
+            )
+        if any(cells):
+            lines.append("| " + " | ".join([made.row.text, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
