@@ -185,7 +185,7 @@ def test_what_records_do_not_say() -> None:
             evaluate_records(dyn, records, policy)
     with pytest.raises(CalibrationError, match="of another network"):
         evaluate_records(network(seed=1), records)
-    with pytest.raises(CalibrationError, match=r"\[60:\] is none of their 60 samples"):
+    with pytest.raises(CalibrationError, match=r"\[60:\] holds none of their 60 samples"):
         records.part(slice(60, None), "[60:]")
 
 
@@ -400,12 +400,17 @@ def test_half_of_the_records_choose_and_the_command_evaluates_the_others(
     assert {key: document[key] for key in expected} == json.loads(json.dumps(expected))
     assert document["samples"] == 10
     assert document["data"] == "a.npz[30:]"
+    assert cli.main(["eval", "half.pt", "--records", "r.npz", "--split", "[30:]"]) == 0
+    assert "were chosen on" not in capsys.readouterr().err
+    assert cli.main(["eval", "half.pt", "--records", "r.npz", "--split", "[:30]"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the stored thresholds were chosen on samples of a.npz[:30]" in said
     for words, said in (
         (["--records", "r.npz", "--data", "gone.npz"], "--data is given too"),
         (["--records", "r.npz", "--static", "half.pt"], "--static is given too"),
-        (["--records", "r.npz", "--split", "test[:3]"], "the split 'test', of which records"),
+        (["--records", "r.npz", "--split", "test[:3]"], "the split 'test' (of which records"),
         (["--records", "r.npz", "--mean", "0.1"], "another preprocessing is named"),
-        (["--records", "r.npz", "--split", "[40:]"], "is none of their 40 samples"),
+        (["--records", "r.npz", "--split", "[40:]"], "holds none of their 40 samples"),
         (["--records", "none.npz"], "no such file of records"),
     ):
         assert cli.main(["eval", "half.pt", *words]) == 2, words

@@ -99,7 +99,7 @@ class Halves:
             other: (n,) whether the other network is right.
 
         Returns:
-            None where no thresholds are, on either half.
+            None where no thresholds are, on at least one of the halves.
         """
         needed = [float(other[rows].mean()) for rows in self.halves]
         if any(f[-1].accuracy < least for f, least in zip(self.frontiers, needed, strict=True)):

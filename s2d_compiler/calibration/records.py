@@ -114,8 +114,8 @@ class Records:
         )
         if not len(found):
             raise CalibrationError(
-                f"records of {self.data}: {text} is none of their {len(self):,} samples; name a "
-                "part that holds some."
+                f"records of {self.data}: {text} holds none of their {len(self):,} samples; name "
+                "a part that holds some."
             )
         return found
 
@@ -211,6 +211,11 @@ def _decoded(arrays: Mapping[str, Any], name: str) -> Records:
             "record again."
         )
 
+    if "format" not in arrays:  # the user's images, perhaps: nothing to be removed
+        raise CalibrationError(
+            f"{name}: it holds {', '.join(sorted(arrays)[:8]) or 'nothing'}, and this is no file "
+            "of records; name one that s2d calibrate --records wrote."
+        )
     if one("format", "U") != _FORMAT:
         refuse("format", f"is {shown(one('format', 'U'))}")
     if one("version", "iu") != _VERSION:

@@ -128,6 +128,11 @@ def _recorded(
         chosen = recorded_part(records, source, path)
         return chosen, f"{len(chosen):,} of {len(records):,} samples, read from {path}"
     if path is not None:
+        if source.data is None:
+            raise UsageError(
+                f"--records: {path} is not there to be read, and no images are named to record; "
+                "name a file that is there, or images (--data)"
+            )
         check_writable(path)
     samples = source.samples(staged)
     device = next((p.device for p in staged.parameters()), "cpu")

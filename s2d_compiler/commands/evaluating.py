@@ -84,6 +84,8 @@ def evaluate_network(
             accuracy = accuracy_of(source.read(static).eval().to(device), shown.batches(samples))
     else:
         name, preprocessing, found = _recorded(network, records, data, chosen)
+    if policy == "stored":
+        _warn_of_same_samples(network, name)
     document: dict[str, Any] = {
         "data": name,
         "preprocessing": preprocessing,
@@ -110,6 +112,17 @@ def _warn_of_old_calibration(dyn: Path, network: DynamicModel) -> None:
             "%s: its weights are not those that its thresholds were calibrated with, and what was "
             "promised does not hold for them; calibrate again (s2d calibrate)",
             dyn,
+        )
+
+
+def _warn_of_same_samples(network: DynamicModel, name: str) -> None:
+    """Thresholds look better than they are on samples that chose them, or some of them."""
+    chose = (network.settings.calibration or {}).get("data")
+    if chose is not None and (name == chose or name.startswith(f"{chose}[")):
+        log.warning(
+            "the stored thresholds were chosen on samples of %s, and look better on these than on "
+            "others; calibrate and evaluate on separate samples (--split)",
+            chose,
         )
 
 

@@ -57,7 +57,7 @@ def parse_split(split: str | None) -> tuple[str | None, slice | None, str]:
     if match is None:
         raise UsageError(
             f"the split {split!r} is no name, such as train, with or without a slice; write "
-            "train[45000:], for example"
+            "train[45000:], for example, or [45000:] alone"
         )
     if not match["range"]:
         return match["name"] or None, None, ""

@@ -330,17 +330,26 @@ CASES: dict[str, Case] = {
         UsageError, "--target reward --records r.npz --mean 0.5", "--records", "r.npz",
         "another preprocessing", "leave that out",
     ),
+    "records that are not there": command(
+        UsageError, "--target reward --records none.npz", "--records", "none.npz",
+        "is not there to be read", "name a file that is there, or images (--data)",
+    ),
+    "images for records": command(
+        CalibrationError, "--target reward --records data.npz", "data.npz",
+        "it holds images, labels", "this is no file of records",
+        "name one that s2d calibrate --records wrote",
+    ),
     "a number of records": command(
         UsageError, "--target reward --records r.npz --limit 5", "--records", "r.npz",
-        "--limit, which is about images", "leave that out",
+        "--limit (which is about images", "leave that out",
     ),
     "a split of records": command(
         UsageError, "--target reward --records r.npz --split test[:5]", "--records", "r.npz",
-        "the split 'test', of which records know nothing", "leave that out",
+        "the split 'test' (of which records know nothing)", "leave that out",
     ),
     "an empty part of records": command(
         CalibrationError, "--target reward --records r.npz --split [900000:]", "drawn",
-        "[900000:]", "is none of their", "name a part that holds some",
+        "[900000:]", "holds none of their", "name a part that holds some",
     ),
     # evaluated without running
     "no records to evaluate": evaluating(
