@@ -193,9 +193,11 @@ def recorded_part(records: Records, source: DataSource, path: Path) -> Records:
     if source.data is None:
         name, part, text = parse_split(source.split)
         if name is not None:
-            what = f"the split {name!r}, of which records know nothing"
+            what = f"the split {name!r}, of which records know nothing,"
+    if source.data is None and source.batch_size != DATA.batch_size:
+        what = "--batch-size, which is about images,"
     if source.data is None and source.limit is not None:
-        what = "--limit, which is about images (--split '[:100]' takes the first 100 records)"
+        what = "--limit, which is about images (--split '[:100]' takes the first 100 records),"
     if records.preprocessing is not None:
         stored = Preprocessing.from_dict(dict(records.preprocessing), f"{path}: preprocessing")
     if source.preprocessing(stored) != (stored or Preprocessing()):
