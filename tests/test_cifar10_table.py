@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks.cifar10.__main__ import main
 from benchmarks.cifar10.choosing import OMEGA, Halves, budgets, reward, within
+from benchmarks.cifar10.exporting import export
 from benchmarks.cifar10.page import write_page
 from benchmarks.cifar10.rows import NETWORKS, Row, rows_of
-from s2d_compiler import transform
+from benchmarks.cifar10.training import Work, _recipe
+from s2d_compiler import Recipe, transform
 from s2d_compiler.calibration import Records
 
 MACS = [10, 20, 40]
@@ -174,6 +177,30 @@ def test_page_says_what_equal_accuracy_costs(tmp_path: Path) -> None:
     same = Halves(staged, [10_000_000 * n for n in (1, 2, 4)]).as_accurate_as(staged.right[:, 1])
     assert same is not None
     assert lines[4].startswith(f"| S2D 4/1/3, full reuse | not reached | {same.macs / 1e6:.1f} (")
+
+
+def test_nothing_is_left_out_or_replaced_without_a_word(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    given = {"work": tmp_path / "work", "results": results, "page": tmp_path / "cifar10.md"}
+    for options, said in (
+        ({"rows": ["statik"], "data": "x.npz"}, "statik is no row of resnet20; there are static"),
+        ({"examples": "nope", "data": "x.npz"}, "nope is no row"),
+        ({"examples": "static"}, "take --data"),
+        ({"network": "resnet21"}, "resnet21 is none of resnet20"),
+        ({"rows": ["s2d-4-1-3"], "data": "x.npz"}, "starts from the row static"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            main(**{**given, **options})  # type: ignore[arg-type]
+    kept = results / "resnet20" / "static.json"
+    static = rows_of("resnet20")[0]
+    kept.write_text(json.dumps(about(static, [40])))
+    with pytest.raises(SystemExit, match="made by another recipe"):
+        main(**given, rows=["static"], data="x.npz", epochs=1)  # type: ignore[arg-type]
+    place = Work("resnet20", "x.npz", tmp_path / "work", results, Recipe(epochs=1), 0.1, "cpu")
+    with pytest.raises(SystemExit, match="train the row s2d-4-1-3 before"):
+        export("s2d-4-1-3", place, tmp_path / "examples")
+    assert not (tmp_path / "examples").exists()
+    assert all(_recipe(row, place, 3).epochs == 1 for row in rows_of("resnet20") if row.times <= 1)
 
 
 def about(row: Row, macs: list[int]) -> dict[str, object]:

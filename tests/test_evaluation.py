@@ -160,6 +160,85 @@ def test_records_say_what_the_samples_say(policy: Policy | None) -> None:
     assert policy is None or found.nan_confidences == 6
 
 
+@pytest.mark.parametrize("measure", ["confidence", "entropy", "margin"])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+def test_records_and_batches_decide_alike_beside_a_threshold(
+    measure: str, kind: torch.dtype
+) -> None:
+    """At a sample's own value, and just off it, where single precision rounds the threshold."""
+    dyn = network().to(kind)
+    inputs, labels = samples()
+    parts = [(inputs.to(kind), labels)]
+    records = record(dyn, parts, logits=True)
+    for temperatures in (None, (0.7, 1.3, 2.0)):
+        with torch.no_grad():
+            output = next(iter(dyn.exits(parts[0][0])))
+        value = float(measure_values(measure, output, temperatures[0] if temperatures else 1.0)[5])
+        said = []
+        for bound in (value - 1e-9, value, value + 1e-9):
+            never = -math.inf if measure == "entropy" else math.inf
+            policy = Thresholds((bound, never), measure, temperatures)
+            found = evaluate_records(dyn, records, policy)
+            assert found.to_dict() == evaluate(dyn, parts, policy).to_dict()
+            said.append(found.stages[0].leaving)
+        assert sorted(set(said))[1] - sorted(set(said))[0] == 1
+
+
+def test_batches_of_one_size_cost_what_their_last_sample_does() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = 15 * self.last(self.first(x).relu().mean((2, 3)).reshape(4, 8))
+            return out
+
+    plan = {"stages": 3, "groups": 4, "default": {"split": [1, 2], "concat": "all"}}
+    dyn = transform(Fixed().eval(), plan, (torch.zeros(4, 3, 8, 8),))
+    assert dyn.parts.batch == 4
+    records = record(dyn, in_batches(4))
+    values = torch.from_numpy(records.measures["confidence"])
+    bounds = [float(values[:, stage].quantile(0.4)) for stage in (0, 1)]
+    policy = Thresholds(tuple(bounds))
+    found = evaluate_records(dyn, records, policy)
+    assert found == evaluate(dyn, in_batches(4), policy)
+    alone = sum(s.macs * (s.leaving or 0) for s in found.stages) / SAMPLES
+    assert found.macs is not None
+    assert found.macs > 1.1 * alone
+
+
+def test_infinite_logits_are_read_alike() -> None:
+    dyn = network()
+    parts = in_batches(60)
+    finite = dyn.forward
+
+    def infinite(inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(output.masked_fill(output > 0.3, math.inf) for output in finite(inputs))
+
+    with mock.patch.object(dyn, "forward", infinite):
+        found, expected = evaluate_records(dyn, record(dyn, parts)), evaluate(dyn, parts)
+    assert found.to_dict() == expected.to_dict()
+    assert found.stages != evaluate(dyn, parts).stages
+
+
+def test_a_threshold_that_no_entropy_comes_to_is_refused_where_it_is_asked_for() -> None:
+    dyn = network()
+    records = record(dyn, in_batches(60))
+    for values, refused in (((1.5, 0.1), True), ((0.1, 1.5), True), ((1.4, 9.0), False)):
+        policy = Thresholds(values, "entropy")
+        for run in (
+            lambda policy=policy: evaluate(dyn, in_batches(60), policy),
+            lambda policy=policy: evaluate_records(dyn, records, policy),
+        ):
+            if refused:
+                with pytest.raises(PolicyError, match="above the largest entropy of 4 classes"):
+                    run()
+            else:
+                assert run().stages[0].leaving == SAMPLES
+
+
 def test_a_part_of_records_is_that_part_of_the_samples() -> None:
     dyn = network()
     parts = in_batches(20)
@@ -170,6 +249,19 @@ def test_a_part_of_records_is_that_part_of_the_samples() -> None:
     assert evaluate_records(dyn, half, policy) == dataclasses.replace(
         evaluate(dyn, parts[1:], policy)
     )
+
+
+@pytest.mark.parametrize("rows", [slice(None, None, -1), slice(50, 10, -3), slice(-5, None)])
+@pytest.mark.parametrize("temperature", [False, True])
+def test_parts_in_any_order_are_calibrated_and_evaluated(rows: slice, temperature: bool) -> None:
+    dyn = network()
+    inputs, labels = samples()
+    chosen = torch.arange(SAMPLES)[range(SAMPLES)[rows]]
+    part = record(dyn, in_batches(20), logits=True).part(rows, "[...]")
+    calibrate(dyn, part, "macs=70%", temperature=temperature)
+    policy = dyn.settings.policy
+    expected = evaluate(dyn, [(inputs[chosen], labels[chosen])], policy)
+    assert evaluate_records(dyn, part, policy).stages == expected.stages
 
 
 def test_what_records_do_not_say() -> None:
@@ -185,6 +277,13 @@ def test_what_records_do_not_say() -> None:
             evaluate_records(dyn, records, policy)
     with pytest.raises(CalibrationError, match="of another network"):
         evaluate_records(network(seed=1), records)
+    fewer = dataclasses.replace(
+        records,
+        predictions=records.predictions[:, :2],
+        measures={name: values[:, :2] for name, values in records.measures.items()},
+    )
+    with pytest.raises(CalibrationError, match="of another network"):
+        evaluate_records(dyn, fewer)
     with pytest.raises(CalibrationError, match=r"\[60:\] holds none of their 60 samples"):
         records.part(slice(60, None), "[60:]")
 

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from s2d_compiler import Recipe, fit, masked
-from s2d_compiler.data import Preprocessing
+from s2d_compiler import Recipe, fit, masked, transform
+from s2d_compiler.data import Data, Preprocessing
 from s2d_compiler.errors import DataError
 from s2d_compiler.runtime import MacsBudget, StageTimings, Thresholds, Timings
 from s2d_compiler.training.feeding import as_data
 from s2d_compiler.training.losses import JointLoss
 from tests.training import (
     CLASSES,
+    PLAN,
     SHORT,
     Stop,
     compiled,
@@ -135,6 +136,59 @@ def test_how_good_the_teacher_is_is_told(caplog: pytest.LogCaptureFixture) -> No
     caplog.clear()
     assert told(samples(), preprocessing=Preprocessing(mean=(2.0,))) == pytest.approx(0.25, abs=0.1)
     assert "are the images preprocessed as it was trained" in caplog.text
+    caplog.clear()
+    few = held_out[0][:2], wrong[1][:2]
+    assert told(samples(), validation=few) == 0.0
+    assert "the teacher is right" not in caplog.text  # two images say nothing
+
+
+class InBatches(nn.Module):
+    """Takes batches of 16 only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.first(x).relu().mean((2, 3)).view(16, 8))
+        return out
+
+
+def test_a_teacher_of_one_batch_size_is_measured_on_whole_batches() -> None:
+    recipe, data = SHORT.changed(epochs=1), samples(100)
+    dyn = transform(InBatches().eval(), PLAN, (torch.zeros(16, 3, 8, 8),))
+    assert fit(dyn, data, recipe, teacher=InBatches()).teacher is not None
+
+
+class Grainy(Data):
+    """Images with noise of torch's generator."""
+
+    def __init__(self) -> None:
+        super().__init__("grainy")
+        self.pixels, self.classes_of = samples()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def labels(self) -> Tensor:
+        return self.classes_of
+
+    def image(self, index: int) -> Tensor:
+        return self.pixels[index] // 2 + torch.randint(0, 100, (3, 8, 8)).byte()
+
+
+def test_training_leaves_random_numbers_as_they_were() -> None:
+    """Whatever is looked at before it; and what was drawn before makes no difference to it."""
+    found = []
+    for seed in (1, 2):
+        dyn, teacher = staged(), network(7)
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        fit(dyn, Grainy(), SHORT.changed(form="staged"), teacher=teacher)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(dyn)
+    assert same(*found)
 
 
 def test_adamw_nesterov_clipping_and_decay_of_norms() -> None:

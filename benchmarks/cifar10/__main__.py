@@ -22,7 +22,7 @@ from rich.console import Console
 
 from benchmarks.cifar10.exporting import export
 from benchmarks.cifar10.page import write_page
-from benchmarks.cifar10.rows import rows_of
+from benchmarks.cifar10.rows import NETWORKS, rows_of
 from benchmarks.cifar10.training import Work, train
 from s2d_compiler import Recipe
 
@@ -67,6 +67,7 @@ def main(
         page: The page to write.
         examples: A row to put into the folder examples/, trained before.
     """
+    _require_known(network, [*rows, *([] if examples is None else [examples])], data)
     torch.set_num_threads(threads)
     console = Console(width=160)
     if data is not None:
@@ -85,6 +86,18 @@ def main(
             for file in export(examples, place, FOLDER / "examples"):
                 console.print(f"written: {file.name}, {file.stat().st_size:,} bytes")
     write_page(results, page, console)
+
+
+def _require_known(network: str, names: Sequence[str], data: str | None) -> None:
+    """Refuse what would otherwise be left out without a word, before long work begins."""
+    if network not in NETWORKS:
+        raise SystemExit(f"--network: {network} is none of {', '.join(NETWORKS)}")
+    known = [row.name for row in rows_of(network)]
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"{name} is no row of {network}; there are {', '.join(known)}")
+    if names and data is None:
+        raise SystemExit("--rows and --examples train or read networks, and take --data")
 
 
 if __name__ == "__main__":

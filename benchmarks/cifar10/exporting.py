@@ -27,6 +27,9 @@ def export(row: str, work: Work, folder: Path) -> list[Path]:
     Returns:
         The files: weights, plan, staged network, records of the held-out images.
     """
+    for needed in (work.trained("static"), work.trained(row), work.results / f"{row}.npz"):
+        if not needed.exists():
+            raise SystemExit(f"{needed}: not there; train the row {row} before it is an example")
     plan = next(r.plan for r in rows_of(work.network) if r.name == row)
     start = f"{work.network}-cifar10"
     files = [folder / f"{start}{end}" for end in (".pt", ".json", "-dyn.pt", "-held-out.npz")]

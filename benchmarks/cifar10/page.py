@@ -74,6 +74,8 @@ def write_page(results: Path, page: Path, console: Console) -> None:
         text = "\n".join(parts)
         atomic_write(page, lambda stream: stream.write(text.encode()))
         console.print(f"written: {page}")
+    else:
+        console.print(f"no page is written: {results} holds no row static")
 
 
 def _read(folder: Path, network: str) -> list[Made]:

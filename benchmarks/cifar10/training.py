@@ -55,6 +55,8 @@ class Work:
 
 def train(row: Row, work: Work, console: Console) -> None:
     """Train a row, unless that is done, and keep what its exits say of the held-out images."""
+    if row.needs_static and not work.trained("static").exists():
+        raise SystemExit(f"{row.name}: it starts from the row static; train that first")
     teacher = static_model(work) if row.needs_static else None
     torch.manual_seed(work.recipe.seed)
     start = teacher if row.starts_static else row.build()
@@ -62,10 +64,13 @@ def train(row: Row, work: Work, console: Console) -> None:
     dyn = transform(start, row.plan)
     recipe = _recipe(row, work, len(dyn.stages))
     about = work.results / f"{row.name}.json"
-    if work.trained(row.name).exists() and about.exists():
-        if _settings(json.loads(about.read_text())["recipe"]) == _settings(recipe.to_dict()):
+    if about.exists():  # what is kept is not replaced by other figures, wherever it was made
+        if _settings(json.loads(about.read_text())["recipe"]) != _settings(recipe.to_dict()):
+            raise SystemExit(
+                f"{about}: the row was made by another recipe; remove it to make it anew"
+            )
+        if work.trained(row.name).exists() and about.with_suffix(".npz").exists():
             return
-        raise SystemExit(f"{about}: the row was made by another recipe; remove it to make it anew")
     holds_teacher = row.plan.get("final") == "original"  # the last stage is the static network
     training, held_out = _open(work)
     history = fit(
@@ -95,7 +100,7 @@ def _recipe(row: Row, work: Work, stages: int) -> Recipe:
     original_last = row.plan.get("final") == "original"
     # The original is only run; in the masked form it would be a part of every step.
     settings["form"] = "masked" if row.group == "staged" and not original_last else "staged"
-    settings["epochs"] = round(work.recipe.epochs * row.times)
+    settings["epochs"] = max(1, round(work.recipe.epochs * row.times))
     if not original_last:
         settings.setdefault("stage_weights", (*[0.5] * (stages - 1), 2.0) if stages > 1 else ())
     return replace(work.recipe, **settings)

@@ -43,7 +43,8 @@ def record(
             labels (n,) from 0.
         data: Where they come from, for messages and to be stored.
         preprocessing: What was done to them, to be stored.
-        logits: Keep the logits, which fitting temperatures takes; N * C * s * 4 bytes.
+        logits: Keep the logits, which fitting temperatures takes; N * C * s * 4 bytes, 8 of
+            a network in double precision.
 
     Raises:
         CalibrationError: An exit returns no logits (N, C), a label is no class of the network, or
@@ -88,10 +89,8 @@ class _Part:
         self.measures = {
             name: _columns([measure_values(name, logits) for logits in exits]) for name in MEASURES
         }
-        unknown = np.isnan(self.measures["confidence"])
-        self.predictions = np.where(unknown, -1, _columns([_classes(e) for e in exits]))
-        self.predictions = self.predictions.astype(np.int64)
-        self.logits = np.stack([e.float().cpu().numpy() for e in exits]) if keep else np.empty(0)
+        self.predictions = _columns([_classes(e) for e in exits]).astype(np.int64)
+        self.logits = np.stack([_kept(e) for e in exits]) if keep else np.empty(0)
         self.are_probabilities = all(are_probabilities(e) for e in exits)
 
 
@@ -135,4 +134,11 @@ def _columns(values: list[Tensor]) -> Any:
 
 
 def _classes(logits: Tensor) -> Tensor:
-    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+    found = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+    return found.masked_fill(logits.isnan().any(1), -1)
+
+
+def _kept(logits: Tensor) -> Any:
+    """As measures see them: half precision becomes single."""
+    kind = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    return logits.to(kind).cpu().numpy()

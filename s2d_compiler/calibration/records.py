@@ -61,7 +61,7 @@ class Records:
     network: str
     data: str
     preprocessing: Mapping[str, Any] | None = None
-    logits: NDArray[np.float32] | None = None
+    logits: NDArray[np.float32] | Floats | None = None
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -102,22 +102,22 @@ class Records:
         Raises:
             CalibrationError: There are none.
         """
-        found = Records(
-            labels=self.labels[rows],
-            predictions=self.predictions[rows],
-            measures={name: values[rows] for name, values in self.measures.items()},
-            classes=self.classes,
-            network=self.network,
-            data=f"{self.data}{text}",
-            preprocessing=self.preprocessing,
-            logits=None if self.logits is None else self.logits[:, rows],
-        )
-        if not len(found):
+        chosen = np.arange(len(self))[rows]
+        if not len(chosen):
             raise CalibrationError(
                 f"records of {self.data}: {text} holds none of their {len(self):,} samples; name "
                 "a part that holds some."
             )
-        return found
+        return Records(
+            labels=self.labels[chosen],
+            predictions=self.predictions[chosen],
+            measures={name: values[chosen] for name, values in self.measures.items()},
+            classes=self.classes,
+            network=self.network,
+            data=f"{self.data}{text}",
+            preprocessing=self.preprocessing,
+            logits=None if self.logits is None else self.logits[:, chosen],
+        )
 
     def require_network(self, dyn: DynamicModel) -> None:
         """Refuse the records of another network.
@@ -125,7 +125,7 @@ class Records:
         Raises:
             CalibrationError: They are.
         """
-        if self.network != fingerprint(dyn):
+        if self.network != fingerprint(dyn) or self.stages != len(dyn.stages):
             raise CalibrationError(
                 f"records of {self.data}: they are of another network (or of this one before it "
                 "was trained further), and its confidences are not this one's; record again."
@@ -240,7 +240,7 @@ def _decoded(arrays: Mapping[str, Any], name: str) -> Records:
             network=one("network", "U"),
             data=one("data", "U"),
             preprocessing=preprocessing,
-            logits=None if logits is None else logits.astype(np.float32),
+            logits=None if logits is None else logits.astype(np.promote_types(logits.dtype, "f4")),
         )
     except CalibrationError as error:
         raise CalibrationError(f"{name}: {error}") from error
@@ -252,6 +252,8 @@ def _validate(records: Records) -> None:
     def refuse(what: str, problem: str) -> NoReturn:
         raise CalibrationError(f"records: {what} {problem}; they are damaged, record again.")
 
+    if not n:
+        refuse("there", "are 0 samples")
     if records.classes < 2 or s < 1:
         refuse("the network", f"has {records.classes} classes and {s} exits")
     if records.predictions.shape != (n, s):
@@ -260,7 +262,7 @@ def _validate(records: Records) -> None:
         ("labels", records.labels, 0),
         ("predictions", records.predictions.reshape(-1), -1),
     ):
-        if n and not (least <= found.min() and found.max() < records.classes):
+        if not (least <= found.min() and found.max() < records.classes):
             refuse(what, f"lie outside the {records.classes} classes")
     for name in MEASURES:
         values = records.measures[name]

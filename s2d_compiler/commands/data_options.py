@@ -194,6 +194,8 @@ def recorded_part(records: Records, source: DataSource, path: Path) -> Records:
         name, part, text = parse_split(source.split)
         if name is not None:
             what = f"the split {name!r} (of which records know nothing)"
+    if source.data is None and source.batch_size != DATA.batch_size:
+        what = "--batch-size (which is about images)"
     if source.data is None and source.limit is not None:
         what = "--limit (which is about images: --split '[:100]' takes the first 100 records)"
     if records.preprocessing is not None:

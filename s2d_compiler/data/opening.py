@@ -16,7 +16,7 @@ __all__ = ["FORMS", "open_data", "parse_split"]
 FORMS = "cifar10:DIR, cifar100:DIR, folder:DIR, FILE.npz or package.module:function"
 
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.\w+)*")
-_SPLIT = re.compile(r"(?P<name>[\w-]*)(\[(?P<range>-?\d{0,12}(:-?\d{0,12}){1,2})\])?")
+_SPLIT = re.compile(r"(?P<name>[\w-]*)(\[(?P<range>(-?\d{1,12})?(:(-?\d{1,12})?){1,2})\])?")
 
 
 def open_data(spec: str, split: str | None = None, *, labels: bool = True) -> Data:
@@ -61,7 +61,7 @@ def parse_split(split: str | None) -> tuple[str | None, slice | None, str]:
         )
     if not match["range"]:
         return match["name"] or None, None, ""
-    bounds = [int(part) if part.lstrip("-") else None for part in match["range"].split(":")]
+    bounds = [int(part) if part else None for part in match["range"].split(":")]
     if len(bounds) == 3 and bounds[2] == 0:
         raise UsageError(f"the split {split!r} has a step of 0; write another step, or none")
     return match["name"] or None, slice(*bounds), f"[{match['range']}]"

@@ -16,7 +16,7 @@ from s2d_compiler.runtime.measures import measure_values
 from s2d_compiler.runtime.policies import Policy, Thresholds
 
 if TYPE_CHECKING:
-    from s2d_compiler.calibration.instances import Floats
+    from s2d_compiler.calibration.instances import Floats, Integers
     from s2d_compiler.dynamic import DynamicModel
 
 __all__ = ["evaluate_records"]
@@ -27,21 +27,20 @@ def evaluate_records(
 ) -> Evaluation:
     """What ``evaluate`` finds, from records of the samples in place of the samples.
 
+    Where a measure is within rounding of a threshold, ``predict`` may decide otherwise, as kernels
+    round differently for the few samples that are left. Samples of a network that takes batches of
+    one size only are taken to come in the order of the records.
+
     Args:
         network: The network that was recorded.
         records: What its exits said.
         policy: Thresholds, by a measure that records hold; None: only the exits by themselves.
 
     Raises:
-        CalibrationError: The records are of another network, there are none, or they do not say
-            what the policy asks for.
+        CalibrationError: The records are of another network, or do not say what the policy asks
+            for.
     """
     records.require_network(network)
-    if not len(records):
-        raise CalibrationError(
-            f"records of {records.data}: they hold 0 samples, and at least 1 is needed; record "
-            "again."
-        )
     if policy is not None and not isinstance(policy, Thresholds):
         raise CalibrationError(
             f"records of {records.data}: under a {type(policy).__name__} who leaves depends on "
@@ -59,6 +58,8 @@ def evaluate_records(
         measure = str(found.measure)
         sign = 1.0 if found.larger_is_certain else -1.0
         exits = exits_of(signed(measure, values[:, :-1]), [sign * v for v in found.values])
+        for stage in range(min(int(exits.max()) + 1, len(found.values))):  # what ran
+            found.require_classes(stage, records.classes)
         answers = right[np.arange(len(exits)), exits]
         stages = [
             StageResult(
@@ -66,7 +67,10 @@ def evaluate_records(
             )
             for t, stage in enumerate(stages)
         ]
-        accuracy, cost = float(answers.mean()), float(np.asarray(macs)[exits].mean())
+        accuracy, cost = (
+            float(answers.mean()),
+            float(np.asarray(macs)[_paid(exits, network.parts.batch)].mean()),
+        )
         asked = np.arange(values.shape[1]) <= exits[:, None]  # later exits do not run
         undefined = int((np.isnan(values) & asked).sum())
     return Evaluation(
@@ -81,6 +85,14 @@ def evaluate_records(
             torch.from_numpy(values), torch.from_numpy(right), macs, str(found.measure)
         ),
     )
+
+
+def _paid(exits: Integers, batch: int | None) -> Integers:
+    """(n,) up to which stage each sample is computed; a batch of fixed size as a whole."""
+    if batch is None:
+        return exits
+    deepest = np.maximum.reduceat(exits, np.arange(0, len(exits), batch))
+    return np.repeat(deepest, batch)[: len(exits)]
 
 
 def _values(records: Records, policy: Thresholds) -> Floats:

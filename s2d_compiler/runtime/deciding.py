@@ -77,7 +77,8 @@ class Decider:
         if self.thresholds is not None:
             assert values is not None
             bound = self.thresholds.values[stage]
-            certain = values >= bound if self.thresholds.larger_is_certain else values <= bound
+            exact = values.double()  # or the threshold is rounded to their kind of numbers
+            certain = exact >= bound if self.thresholds.larger_is_certain else exact <= bound
             stay = ~certain
         if isinstance(self.policy, Deadline):
             return self._in_time(stage, stay, values)

@@ -16,7 +16,6 @@ from s2d_compiler.runtime.deciding import Decider
 from s2d_compiler.runtime.measures import (
     Function,
     function_values,
-    largest_value,
     measure_values,
 )
 from s2d_compiler.runtime.policies import (
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
     from s2d_compiler.runtime.timings import Timings
 
 _NEVER = Thresholds(())
-#: A threshold that lets everybody leave may lie a little above what rounding makes of the largest.
-_ROUNDING = 1.02
 
 
 class Engine:
@@ -261,13 +258,8 @@ class Engine:
         temperature = 1.0 if thresholds.temperatures is None else thresholds.temperatures[number]
         values = measure_values(measure, output, temperature)
         if number < len(thresholds.values):
-            classes = output.shape[1] if output.ndim > 1 else 1
-            bound, most = thresholds.values[number], largest_value(measure, classes)
-            if bound > most * _ROUNDING and bound != torch.inf:
-                raise PolicyError(
-                    f"thresholds: {bound!r} at stage {number + 1} is above the largest {measure} "
-                    f"of {classes} classes ({most:.6g}); give a value up to it."
-                )
+            classes = max(output.shape[1], 2) if output.ndim > 1 else 2
+            thresholds.require_classes(number, classes)
         return values, True
 
     def batch_of(self, inputs: tuple[Any, ...]) -> Batch:

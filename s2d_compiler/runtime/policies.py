@@ -9,10 +9,12 @@ from typing import Any, NoReturn
 
 from s2d_compiler.errors import PolicyError
 from s2d_compiler.fields import Fields, damaged, shown
-from s2d_compiler.runtime.measures import LARGER_IS_CERTAIN, MEASURES, Function
+from s2d_compiler.runtime.measures import LARGER_IS_CERTAIN, MEASURES, Function, largest_value
 
 #: The largest budget: what 64 bits hold.
 _MOST = 2**63 - 1
+#: A threshold that lets everybody leave may lie a little above what rounding makes of the largest.
+_ROUNDING = 1.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,25 @@ class Thresholds:
             raise PolicyError(
                 f"thresholds: {len(self.values)} for a network of {count} stages; give one per "
                 f"stage but the last ({count - 1})."
+            )
+
+    def require_classes(self, stage: int, classes: int) -> None:
+        """Refuse a threshold that no measure of so many classes comes to.
+
+        Args:
+            stage: Whose threshold, an index; not the last.
+            classes: How many numbers the stage's output has for a sample.
+
+        Raises:
+            PolicyError: It is above the largest value.
+        """
+        if not isinstance(self.measure, str):
+            return
+        bound, most = self.values[stage], largest_value(self.measure, classes)
+        if bound > most * _ROUNDING and bound != math.inf:
+            raise PolicyError(
+                f"thresholds: {bound!r} at stage {stage + 1} is above the largest {self.measure} "
+                f"of {classes} classes ({most:.6g}); give a value up to it."
             )
 
     @property

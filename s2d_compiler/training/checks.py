@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from s2d_compiler.data import Data, Preprocessing, require_fit
 from s2d_compiler.dynamic import CallShape, StagedNetwork
 from s2d_compiler.errors import DataError, S2DError, UsageError, first_line
-from s2d_compiler.evaluation.evaluating import accuracy_of
+from s2d_compiler.evaluation.evaluating import accuracy_of, interval
 from s2d_compiler.memory import let_through
 from s2d_compiler.training.recipe import Recipe
 from s2d_compiler.training.trainees import Trainee
@@ -281,11 +281,14 @@ def count_classes(
 
 
 def accuracy_of_teacher(
-    teacher: nn.Module, batches: Iterable[tuple[Any, Tensor]], classes: int
+    teacher: nn.Module, batches: Iterable[tuple[Any, Tensor]], count: int, classes: int
 ) -> float:
-    """How good a teacher is on images as it gets them; one that is hardly right is warned of."""
+    """How good a teacher is on images as it gets them; one that is hardly right is warned of.
+
+    So few images that a good one may have them wrong by chance say nothing.
+    """
     found = accuracy_of(teacher, batches)
-    if found < 2 / classes and classes > 2:
+    if classes > 2 and found < 2 / classes and interval(found, count)[1] < 0.5:
         logger.warning(
             "the teacher is right for %.1f%% of the images, and guessing one of %d classes is for "
             "%.1f%%; are the images preprocessed as it was trained (mean, std, size, channels), "

@@ -105,7 +105,8 @@ def fit(
     held_out = None if validation is None else as_data(validation, "validation")
     checks.require_validation(recipe, held_out)
     preprocessing = checks.preprocessing_for(network, preprocessing)
-    shape = checks.require_shapes(trainee.call, recipe, preprocessing, images, held_out)
+    with _seeded(recipe, place, processes.rank):
+        shape = checks.require_shapes(trainee.call, recipe, preprocessing, images, held_out)
     has_last = trainee.frozen is not None
     labels = checks.usable_labels(images, recipe, teacher is not None or has_last)
     distill = checks.share_of_distillation(
@@ -116,15 +117,21 @@ def fit(
     found = None if path is None else checkpoints.read_checkpoint(path)
     with _placed([t.network for t in trainees], teacher, recipe, place), noted() as is_asked:
         everything = [images] if held_out is None else [images, held_out]
-        classes = checks.count_classes(trainee, teacher, preprocessing, everything, place)
+        with _seeded(recipe, place, processes.rank):
+            classes = checks.count_classes(trainee, teacher, preprocessing, everything, place)
         for some in everything if labels is not None else everything[1:]:
             require_classes(some, some.labels, classes)
 
         taught = None
         if teacher is not None and processes.is_first:
-            shown = held_out or (images.limited(_TEACHER_IMAGES) if labels is not None else None)
+            shown = held_out
+            if shown is None and labels is not None:  # whole batches, as in training
+                size = recipe.batch_size
+                shown = images.limited(max(1, min(len(images), _TEACHER_IMAGES) // size) * size)
             run = _validation(shown, preprocessing, recipe, shape, place, processes=None)
-            taught = None if run is None else checks.accuracy_of_teacher(teacher, run(), classes)
+            if shown is not None and run is not None:
+                with _seeded(recipe, place, processes.rank):
+                    taught = checks.accuracy_of_teacher(teacher, run(), len(shown), classes)
 
         def loop_of(trainee: Trainee) -> Loop:
             return Loop(

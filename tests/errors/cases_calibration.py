@@ -100,9 +100,14 @@ def content(data: bytes | None, *parts: str, largest: int = 2**30) -> Case:
 
 
 def empty() -> Records:
-    nothing = slice(0, 0)
-    with mock.patch.object(Records, "__len__", return_value=1):
-        return found().part(nothing, "[:0]")
+    some = found()
+    return replace(
+        some,
+        labels=some.labels[:0],
+        predictions=some.predictions[:0],
+        measures={name: values[:0] for name, values in some.measures.items()},
+        logits=None,
+    )
 
 
 def evaluating(records: Callable[[], Records], policy: Any, *parts: str) -> Case:
@@ -353,7 +358,11 @@ CASES: dict[str, Case] = {
     ),
     # evaluated without running
     "no records to evaluate": evaluating(
-        empty, None, "drawn", "0 samples", "at least 1 is needed", "record again"
+        empty, None, "records", "0 samples", "they are damaged", "record again"
+    ),
+    "batches of records": command(
+        UsageError, "--target reward --records r.npz --batch-size 5", "--records", "r.npz",
+        "--batch-size, which is about images", "leave that out",
     ),
     "records under a budget": evaluating(
         found, MacsBudget(10**9), "drawn", "MacsBudget", "depends on more than what exits said",

@@ -125,6 +125,10 @@ CASES: dict[str, Any] = {
     "no form": opening(
         "cifar:/x", "the data", "'cifar:/x'", "nor of a form that is known", FORMS, error=UsageError
     ),
+    "a slice from nowhere": opening(
+        "a.npz", "the split", "'[-:5]'", "is no name", "write train[45000:]", split="[-:5]",
+        error=UsageError,
+    ),
     "split": opening(
         "a.npz", "the split", "'train['", "is no name", "write train[45000:]", split="train[",
         error=UsageError,
