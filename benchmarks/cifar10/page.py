@@ -46,7 +46,7 @@ class Made:
     @property
     def gains(self) -> list[float]:
         """What each exit adds to the accuracy of the one before."""
-        return np.diff(self.records.right.mean(0)).tolist()
+        return [float(gain) for gain in np.diff(self.records.right.mean(0))]
 
     @property
     def macs(self) -> list[int]:
