@@ -320,7 +320,7 @@ def test_the_command_writes_a_network_that_leaves_early(
     Path("data.npz").unlink()
     assert main([*words.split(), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["records"] == "read from r.npz"
+    assert document["records"] == "300 of 300 samples, read from r.npz"
     assert document["calibration"] == json.loads(json.dumps(new.settings.calibration))
     assert load("new.pt").settings == new.settings
 

@@ -362,7 +362,7 @@ CASES: dict[str, Case] = {
     ),
     "batches of records": command(
         UsageError, "--target reward --records r.npz --batch-size 5", "--records", "r.npz",
-        "--batch-size, which is about images", "leave that out",
+        "--batch-size (which is about images)", "leave that out",
     ),
     "records under a budget": evaluating(
         found, MacsBudget(10**9), "drawn", "MacsBudget", "depends on more than what exits said",
