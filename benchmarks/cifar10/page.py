@@ -186,7 +186,7 @@ def _reading(rows: Sequence[Made], static: Made) -> str:
         )
         lines.append(
             f"- At the {_million(limit)} million MACs of *{thin.row.text}* "
-            f"({100 * thin.best.accuracy:.2f}%), networks with exits reach {text}."
+            f"({100 * thin.best.accuracy:.2f}%), networks with exits reach {text or 'nothing'}."
         )
     gains = "; ".join(
         f"*{made.row.text}* " + ", ".join(f"{100 * gain:+.2f}" for gain in made.gains)
